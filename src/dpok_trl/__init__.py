@@ -1,0 +1,68 @@
+"""RL fine-tuning of diffusers text-to-image pipelines with a KL term to the pretrained model (DPOK).
+
+Users import from here alone. The names are resolved on first use (PEP 562), so that `import dpok_trl` costs
+milliseconds and a reward server or ``dpok-trl --help`` need not load torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0.dev0"
+
+# public name -> the module that defines it
+_MODULE_OF = {
+    "DPOKConfig": "dpok_trl.training.config",
+    "DPOKTrainer": "dpok_trl.training.trainer",
+    "DefaultDPOKStableDiffusionPipeline": "dpok_trl.policy.ddpo_pipeline",
+    "DPOKPipelineOutput": "dpok_trl.policy.ddpo_pipeline",
+    "DPOKSchedulerOutput": "dpok_trl.policy.schedulers",
+    "scheduler_step": "dpok_trl.policy.schedulers",
+    "Policy": "dpok_trl.policy.policy",
+    "PipelineReport": "dpok_trl.policy.check",
+    "check_pipeline": "dpok_trl.policy.check",
+    "Gaussian": "dpok_trl.core.gaussian",
+    "RewardError": "dpok_trl.rewards.base",
+}
+
+# Written out, because type checkers and editors read it without running the module; a test holds it equal to _MODULE_OF.
+__all__ = [
+    "DPOKConfig",
+    "DPOKTrainer",
+    "DefaultDPOKStableDiffusionPipeline",
+    "DPOKPipelineOutput",
+    "DPOKSchedulerOutput",
+    "scheduler_step",
+    "Policy",
+    "PipelineReport",
+    "check_pipeline",
+    "Gaussian",
+    "RewardError",
+    "__version__",
+]
+
+if TYPE_CHECKING:
+    from dpok_trl.core.gaussian import Gaussian
+    from dpok_trl.policy.check import PipelineReport, check_pipeline
+    from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline, DPOKPipelineOutput
+    from dpok_trl.policy.policy import Policy
+    from dpok_trl.policy.schedulers import DPOKSchedulerOutput, scheduler_step
+    from dpok_trl.rewards.base import RewardError
+    from dpok_trl.training.config import DPOKConfig
+    from dpok_trl.training.trainer import DPOKTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        import difflib  # needed only to word this error
+
+        close = difflib.get_close_matches(name, _MODULE_OF, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{hint}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})
