@@ -1,0 +1,72 @@
+"""The two records between sampling and updating: what a rollout made, and the rows that an update eats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What one rollout made: `B` samples over `S` denoising steps.
+
+    Args:
+        prompts (`list[str]` of length `B`): The prompt of each sample.
+        seeds (`list[int]` of length `B`): The seed of each sample's generator, which drew x_T and every step's noise.
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): In [0, 1].
+        latents (`tuple` of `S + 1` `torch.Tensor` of shape `(B, *)`): x_T, then what each step returned, in generation order; each is
+            stored once. `latents[k]` and `latents[k + 1]` are state and action of step `k`.
+        steps (`tuple[int, ...]`): The stochastic steps, the ones that are actions, ascending. Deterministic steps are not in it.
+        log_probs (`torch.Tensor` of shape `(B, len(steps))`): float32, of the stored actions under the policy that drew them.
+        recording (`Any`): What the policy needs to walk the same path again; opaque to everybody else.
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    images: torch.Tensor
+    latents: tuple[torch.Tensor, ...]
+    steps: tuple[int, ...]
+    log_probs: torch.Tensor
+    recording: Any
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def with_log_probs(self, log_probs: torch.Tensor) -> Trajectory:
+        """The same trajectory with other old log-probabilities, `(B, len(steps))` (re-anchoring)."""
+        if log_probs.shape != self.log_probs.shape:
+            raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}, needed is {tuple(self.log_probs.shape)}")
+        return replace(self, log_probs=log_probs)
+
+    def transitions(self, samples: Sequence[int], step: int, advantages: torch.Tensor) -> Transitions:
+        """The transitions of the given samples at one step. `advantages` has shape `(B,)`, one for each sample of the trajectory."""
+        rows = torch.tensor(samples, device=self.log_probs.device)
+        return Transitions(
+            trajectory=self,
+            samples=tuple(samples),
+            step=step,
+            old_log_prob=self.log_probs[rows, self.steps.index(step)],
+            advantage=advantages.to(self.log_probs.device)[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """`n` transitions (x_t, x_{t-1}) of one trajectory at one step: what one forward and backward pass eats.
+
+    Args:
+        trajectory (`Trajectory`): Where the rows come from.
+        samples (`tuple[int, ...]` of length `n`): The rows, in any order.
+        step (`int`): The denoising step, counted from 0 in generation order.
+        old_log_prob (`torch.Tensor` of shape `(n,)`): Under the policy that drew them.
+        advantage (`torch.Tensor` of shape `(n,)`)
+    """
+
+    trajectory: Trajectory
+    samples: tuple[int, ...]
+    step: int
+    old_log_prob: torch.Tensor
+    advantage: torch.Tensor

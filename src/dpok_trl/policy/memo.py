@@ -1,0 +1,145 @@
+"""Text is encoded once per prompt: a stand-in for `pipe.encode_prompt`, and row selection in what it returns.
+
+What `encode_prompt` returns differs from family to family (tensors, lists, `None`; the batch is not always dimension 0, and some
+outputs have no batch at all), so the place of the batch is *measured*, once, by encoding one row and the same row twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+LIST = "list"  # the batch is the length of a list
+
+# Bounds the memory of a run over a long list of prompts; an embedding of 77 x 2048 in fp16 takes 0.3 MB.
+MAX_CACHED_PROMPTS = 512
+
+
+def batch_axes(one: Any, two: Any) -> Any:
+    """Where the batch lies in a nested output, from the outputs for a batch of one and a batch of two.
+
+    Returns the same nesting with, for each leaf, the batch dimension (`int`), `LIST`, or `None` for what does not depend on the batch.
+    """
+    if isinstance(one, torch.Tensor):
+        axes = [dim for dim in range(one.ndim) if one.shape[dim] == 1 and two.shape[dim] == 2]
+        if not axes and one.shape != two.shape:
+            raise ValueError(f"no batch dimension in outputs of shape {tuple(one.shape)} and {tuple(two.shape)}")
+        return axes[0] if axes else None
+    if isinstance(one, (list, tuple)):
+        if len(one) != len(two):
+            return LIST
+        return type(one)(batch_axes(a, b) for a, b in zip(one, two, strict=True))
+    return None
+
+
+def select_rows(tree: Any, axes: Any, rows: Sequence[int]) -> Any:
+    """The given rows of a nested output; fresh lists every time, since pipelines write into them."""
+    if axes is None:
+        return tree
+    if axes == LIST:
+        return [tree[row] for row in rows]
+    if isinstance(axes, int):
+        return tree.index_select(axes, torch.tensor(rows, device=tree.device))
+    return type(tree)(select_rows(leaf, axis, rows) for leaf, axis in zip(tree, axes, strict=True))
+
+
+def concatenate_rows(trees: Sequence[Any], axes: Any) -> Any:
+    """Joins outputs row by row. Raises `RuntimeError` where the other dimensions differ (prompts padded to another length)."""
+    if axes is None:
+        return trees[0]
+    if axes == LIST:
+        return [row for tree in trees for row in tree]
+    if isinstance(axes, int):
+        return torch.cat(list(trees), dim=axes)
+    return type(trees[0])(concatenate_rows([tree[i] for tree in trees], axis) for i, axis in enumerate(axes))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One call of `encode_prompt` in a rollout: its output for the distinct rows, and which of them each sample has."""
+
+    output: Any
+    axes: Any
+    row_of_sample: tuple[int, ...]
+
+    def select(self, samples: Sequence[int] | None) -> Any:
+        rows = self.row_of_sample if samples is None else [self.row_of_sample[i] for i in samples]
+        if samples is None and rows == tuple(range(len(rows))):
+            return select_rows(self.output, self.axes, rows) if _has_lists(self.axes) else self.output
+        return select_rows(self.output, self.axes, rows)
+
+
+def _has_lists(axes: Any) -> bool:
+    return axes == LIST or (isinstance(axes, (list, tuple)) and any(_has_lists(a) for a in axes))
+
+
+class PromptMemo:
+    """Stands in for `pipe.encode_prompt` and encodes each distinct prompt once, however many images are drawn for it.
+
+    Calls that hand over anything but text (ready-made embeddings, images) are passed on unchanged and not remembered.
+    """
+
+    def __init__(self, encode_prompt: Callable[..., Any]):
+        self.encode_prompt = encode_prompt
+        self.signature = inspect.signature(encode_prompt)
+        self._axes: dict[Any, Any] = {}
+        self._rows: OrderedDict[Any, Any] = OrderedDict()
+
+    def clear(self) -> None:
+        """Forgets every embedding (after the text encoder changed)."""
+        self._rows.clear()
+
+    def __call__(self, args: tuple, kwargs: dict) -> tuple[Any, Encoded | None]:
+        """Returns what `encode_prompt(*args, **kwargs)` returns, and a record of it (`None` where it was passed on)."""
+        arguments = self.signature.bind(*args, **kwargs).arguments
+        text = {name: value for name, value in arguments.items() if _is_list_of_text(value)}
+        others = tuple((name, value) for name, value in arguments.items() if name not in text)
+        if len({len(value) for value in text.values()}) != 1 or not all(_is_plain(value) for _, value in others):
+            return self.encode_prompt(*args, **kwargs), None
+
+        def encode(rows: Sequence[tuple[str, ...]]) -> Any:
+            columns = dict(zip(text, (list(column) for column in zip(*rows, strict=True)), strict=True))
+            return self.encode_prompt(**{**arguments, **columns})
+
+        samples = list(zip(*text.values(), strict=True))
+        distinct = list(dict.fromkeys(samples))
+        kind = (tuple(text), others)
+        if kind not in self._axes:
+            self._axes[kind] = batch_axes(encode(distinct[:1]), encode(distinct[:1] * 2))
+        axes = self._axes[kind]
+        position = {row: index for index, row in enumerate(distinct)}
+        record = Encoded(self._encode_missing(distinct, kind, encode, axes), axes, tuple(position[s] for s in samples))
+        return record.select(None), record
+
+    def _encode_missing(self, distinct: list, kind: Any, encode: Callable, axes: Any) -> Any:
+        missing = [row for row in distinct if (kind, row) not in self._rows]
+        if missing:
+            encoded = encode(missing)
+            for index, row in enumerate(missing):
+                self._rows[kind, row] = select_rows(encoded, axes, [index])
+        found = []
+        for row in distinct:
+            self._rows.move_to_end((kind, row))
+            found.append(self._rows[kind, row])
+        while len(self._rows) > max(MAX_CACHED_PROMPTS, len(distinct)):
+            self._rows.popitem(last=False)
+        if len(missing) == len(distinct):
+            return encoded
+        try:
+            return concatenate_rows(found, axes)
+        except RuntimeError:  # encoded at another time with another padded length: encode these prompts together
+            return encode(distinct)
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(item, str) for item in value)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, float, bool, torch.device, torch.dtype))

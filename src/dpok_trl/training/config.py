@@ -1,0 +1,406 @@
+"""`DPOKConfig`: every setting of a run, TRL's DDPOConfig kept by name and type, and checked before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+TRACKERS = ("all", "tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
+
+
+@dataclass
+class DPOKConfig:
+    """Configuration of [`DPOKTrainer`].
+
+    All fields of TRL v0.23's `DDPOConfig` keep their name and type; `docs/migrating-from-ddpo.md` lists the defaults that differ. It is
+    a plain dataclass: `trl.TrlParser((DPOKConfig,))` reads it from flags and YAML.
+
+    Raises:
+        `ValueError`: For a value that could only fail later. The message says what was given, what is needed and what to change.
+    """
+
+    # --- the run
+    exp_name: str = field(
+        default=os.path.basename(sys.argv[0]).removesuffix(".py"),
+        metadata={"help": "Name of the experiment: the default output folder is `{logdir}/{exp_name}-{run_name}`."},
+    )
+    run_name: str = field(default="", metadata={"help": "Name of this run; empty means date and time."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where checkpoints, metrics.jsonl and sample grids go. Default: `{logdir}/{exp_name}-{run_name}`."
+        },
+    )
+    seed: int = field(
+        default=0,
+        metadata={"help": "Every draw of the run follows from it: prompts, noise, shuffling, adapter initialisation."},
+    )
+    log_with: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tracker, e.g. tensorboard, wandb or trackio. metrics.jsonl is always written.",
+            "choices": [None, *TRACKERS],
+        },
+    )
+    tracker_kwargs: dict | str | None = field(
+        default_factory=dict,
+        metadata={"help": "`init_kwargs` of `accelerator.init_trackers`, as JSON on the command line."},
+    )
+    accelerator_kwargs: dict | str | None = field(
+        default_factory=dict,
+        metadata={"help": "Further arguments of `accelerate.Accelerator`, as JSON on the command line."},
+    )
+    project_kwargs: dict | str | None = field(
+        default_factory=dict,
+        metadata={
+            "help": "Arguments of `accelerate.utils.ProjectConfiguration`. `project_dir` stands for `output_dir`, `total_limit` for "
+            "`num_checkpoint_limit`."
+        },
+    )
+    tracker_project_name: str = field(default="dpok", metadata={"help": "Name of the project in the tracker."})
+    logdir: str = field(default="logs", metadata={"help": "Parent of the default output folder."})
+    num_epochs: int = field(default=100, metadata={"help": "Rounds of sampling and updating."})
+    save_freq: int = field(
+        default=1, metadata={"help": "Epochs between checkpoints; the last epoch is always saved. 0: only the last."}
+    )
+    num_checkpoint_limit: int = field(default=5, metadata={"help": "Checkpoints to keep; the oldest go first."})
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "no, fp16 or bf16. None: what `accelerate launch` says.",
+            "choices": [None, "no", "fp16", "bf16"],
+        },
+    )
+    allow_tf32: bool = field(default=True, metadata={"help": "Allow TF32 matrix products on Ampere and later GPUs."})
+    resume_from: str = field(
+        default="",
+        metadata={"help": "A checkpoint, or a folder of checkpoints of which the newest whole one is taken."},
+    )
+    sample_grid_freq: int = field(
+        default=1,
+        metadata={"help": "Epochs between sample grids in `output_dir/samples` and in the tracker. 0: none."},
+    )
+
+    # --- sampling
+    sample_num_steps: int = field(default=50, metadata={"help": "Denoising steps of an image."})
+    sample_eta: float = field(
+        default=1.0,
+        metadata={"help": "Noise of the ancestral and cps transitions, in (0, 1]; 0 would leave nothing to train."},
+    )
+    sample_guidance_scale: float = field(
+        default=5.0,
+        metadata={"help": "Classifier-free guidance; at most 1 means without guidance (for SD-like pipelines)."},
+    )
+    sample_batch_size: int = field(default=1, metadata={"help": "Images sampled at a time, per process."})
+    sample_num_batches_per_epoch: int = field(
+        default=2, metadata={"help": "Sampling batches of an epoch, per process."}
+    )
+    sample_num_images_per_prompt: int = field(
+        default=1, metadata={"help": "Images of a prompt in a sampling batch (a group)."}
+    )
+    sample_transition: str = field(
+        default="auto",
+        metadata={
+            "help": "The Gaussian of a step. auto: flow_sde for flow-matching schedulers, ancestral for the rest.",
+            "choices": ["auto", "ancestral", "cps", "flow_sde"],
+        },
+    )
+    sample_noise_level: float = field(
+        default=0.7, metadata={"help": "Noise level a of the flow_sde transition (Flow-GRPO)."}
+    )
+    sample_min_std: float = field(
+        default=0.0,
+        metadata={"help": "Steps whose standard deviation is at most this are sampled but not trained on."},
+    )
+    sample_call_kwargs: dict | str | None = field(
+        default_factory=dict,
+        metadata={
+            "help": "Further arguments of the pipeline's call, the same for every image (height, width ...), as JSON."
+        },
+    )
+    negative_prompts: str = field(default="", metadata={"help": "One negative prompt, used with every prompt."})
+
+    # --- rewards and advantages
+    async_reward_computation: bool = field(
+        default=False, metadata={"help": "Compute rewards in threads while the next batch is sampled."}
+    )
+    max_workers: int = field(default=2, metadata={"help": "Threads of `async_reward_computation`."})
+    per_prompt_stat_tracking: bool = field(
+        default=False,
+        metadata={"help": "Whiten rewards with running statistics of their prompt (DDPO); else see `train_adv_type`."},
+    )
+    per_prompt_stat_tracking_buffer_size: int = field(
+        default=16, metadata={"help": "Rewards remembered for each prompt."}
+    )
+    per_prompt_stat_tracking_min_count: int = field(
+        default=16,
+        metadata={"help": "Rewards of a prompt before its own statistics are used; the batch's until then."},
+    )
+    train_adv_type: str = field(
+        default="batch",
+        metadata={
+            "help": "Baseline and scale of the advantage without per_prompt_stat_tracking: of the whole batch, or of the prompt's group.",
+            "choices": ["batch", "group"],
+        },
+    )
+    train_adv_clip_max: float = field(default=5.0, metadata={"help": "Advantages are clipped to plus and minus this."})
+
+    # --- the update
+    train_batch_size: int = field(default=1, metadata={"help": "Samples in a forward and backward pass, per process."})
+    train_use_8bit_adam: bool = field(
+        default=False, metadata={"help": "AdamW8bit of bitsandbytes (`pip install dpok-trl[bnb]`)."}
+    )
+    train_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of AdamW."})
+    train_lr_scheduler: str = field(
+        default="constant",
+        metadata={
+            "help": "Schedule of the learning rate over the optimizer steps of the run, by diffusers' name.",
+            "choices": ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
+        },
+    )
+    train_lr_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps of warm-up, for the schedules that have one."}
+    )
+    train_adam_beta1: float = field(default=0.9, metadata={"help": "Beta 1 of AdamW."})
+    train_adam_beta2: float = field(default=0.999, metadata={"help": "Beta 2 of AdamW."})
+    train_adam_weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
+    train_adam_epsilon: float = field(default=1e-8, metadata={"help": "Epsilon of AdamW."})
+    train_gradient_accumulation_steps: int = field(
+        default=1,
+        metadata={"help": "Training batches of an optimizer step, each with all of its timesteps (as in DDPO)."},
+    )
+    train_timesteps_per_update: int | None = field(
+        default=None,
+        metadata={
+            "help": "Split the timesteps of a training batch over several optimizer steps, this many in each. None: all in one."
+        },
+    )
+    train_max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    train_num_inner_epochs: int = field(default=1, metadata={"help": "Passes over the samples of an epoch."})
+    train_cfg: bool = field(
+        default=True,
+        metadata={
+            "help": "Train the guided policy, the one that is sampled. False is refused unless sampling is unguided too."
+        },
+    )
+    train_objective: str = field(
+        default="dpok",
+        metadata={
+            "help": "dpok: advantage times clipped ratio (official DPOK code); ppo: the pessimistic minimum (DDPO).",
+            "choices": ["dpok", "ppo"],
+        },
+    )
+    train_clip_range: float = field(
+        default=1e-4,
+        metadata={
+            "help": "Clip of the ratio, in units of `train_log_prob_reduction`: 1e-4 on the mean is 1.64 nats for SD 1.5 at 512x512."
+        },
+    )
+    train_log_prob_reduction: str = field(
+        default="mean",
+        metadata={
+            "help": "Log-probability and KL as the mean over latent dimensions (as published clip ranges assume) or the true sum.",
+            "choices": ["mean", "sum"],
+        },
+    )
+    train_timestep_fraction: float = field(
+        default=1.0,
+        metadata={"help": "Fraction of the stochastic timesteps of each training batch to train on, drawn at random."},
+    )
+    train_reanchor: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Take the old log-probabilities from a replay at the training batch shape. None: where the check at the start finds that "
+            "the rollout's own differ."
+        },
+    )
+    train_gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Less memory for about a third more time in the backward pass."}
+    )
+    train_lora_rank: int = field(
+        default=4, metadata={"help": "Rank of the LoRA adapter, when no `peft_config` is given."}
+    )
+    train_lora_alpha: int | None = field(default=None, metadata={"help": "Alpha of the LoRA adapter; None: the rank."})
+
+    # --- the KL term
+    kl_weight: float = field(
+        default=0.02, metadata={"help": "Weight of the KL to the pretrained model; 0 turns it off."}
+    )
+    kl_type: str = field(
+        default="gaussian",
+        metadata={
+            "help": "gaussian: the exact KL of each step; noise: squared difference of the model outputs (official DPOK code).",
+            "choices": ["gaussian", "noise"],
+        },
+    )
+
+    # --- the Hub
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Push the adapter to `hub_model_id` when training ends."}
+    )
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository on the Hub, such as me/rabbit-lora."})
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "Make a new repository private. None: the account's default."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "sample_call_kwargs"):
+            setattr(self, name, _as_dict(name, getattr(self, name)))
+        for item in fields(self):
+            choices = item.metadata.get("choices")
+            if choices is not None and getattr(self, item.name) not in choices:
+                raise ValueError(_unknown_choice(item.name, getattr(self, item.name), choices))
+        self._check_ranges()
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        for name in (
+            "num_epochs",
+            "num_checkpoint_limit",
+            "sample_num_steps",
+            "sample_batch_size",
+            "sample_num_batches_per_epoch",
+            "sample_num_images_per_prompt",
+            "max_workers",
+            "per_prompt_stat_tracking_buffer_size",
+            "per_prompt_stat_tracking_min_count",
+            "train_batch_size",
+            "train_gradient_accumulation_steps",
+            "train_num_inner_epochs",
+            "train_lora_rank",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least 1.")
+        for name in (
+            "save_freq",
+            "sample_grid_freq",
+            "sample_min_std",
+            "train_lr_warmup_steps",
+            "train_adam_weight_decay",
+            "kl_weight",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}, but it must not be negative.")
+        for name in (
+            "sample_noise_level",
+            "train_learning_rate",
+            "train_max_grad_norm",
+            "train_clip_range",
+            "train_adv_clip_max",
+            "train_adam_epsilon",
+        ):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} = {getattr(self, name)}, but it must be positive.")
+        if not 0 < self.sample_eta <= 1:
+            raise ValueError(
+                f"sample_eta = {self.sample_eta}, but it must be in (0, 1]: at 0 every step is deterministic and there is no policy to train."
+            )
+        if not 0 < self.train_timestep_fraction <= 1:
+            raise ValueError(f"train_timestep_fraction = {self.train_timestep_fraction}, but it must be in (0, 1].")
+        if int(self.sample_num_steps * self.train_timestep_fraction) < 1:
+            raise ValueError(
+                f"train_timestep_fraction = {self.train_timestep_fraction} of sample_num_steps = {self.sample_num_steps} selects no step. "
+                f"Give at least {1 / self.sample_num_steps:.3g}."
+            )
+        if self.train_timesteps_per_update is not None and self.train_timesteps_per_update < 1:
+            raise ValueError(
+                f"train_timesteps_per_update = {self.train_timesteps_per_update}, but it must be at least 1, or None for all."
+            )
+
+    def _check_combinations(self) -> None:
+        if not self.train_cfg and self.sample_guidance_scale > 1:
+            raise ValueError(
+                f"train_cfg = False with sample_guidance_scale = {self.sample_guidance_scale} would train another distribution than the one that "
+                "was sampled (95 % of the ratios are clipped before any update). Set sample_guidance_scale = 1.0, or train_cfg = True."
+            )
+        if self.per_prompt_stat_tracking and self.train_adv_type != "batch":
+            raise ValueError(
+                f"per_prompt_stat_tracking = True and train_adv_type = '{self.train_adv_type}' both say how to whiten rewards; choose one."
+            )
+        if self.train_adv_type == "group" and self.sample_num_images_per_prompt < 2:
+            raise ValueError(
+                "train_adv_type = 'group' compares images of the same prompt and needs sample_num_images_per_prompt of at least 2; "
+                f"given: {self.sample_num_images_per_prompt}."
+            )
+        clash = {
+            "prompt",
+            "generator",
+            "num_inference_steps",
+            "guidance_scale",
+            "negative_prompt",
+            "output_type",
+            "num_images_per_prompt",
+        }
+        given = sorted(clash & set(self.sample_call_kwargs))
+        if given:
+            raise ValueError(
+                f"sample_call_kwargs must not hold {', '.join(given)}: the trainer sets it from a field of its own."
+            )
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("push_to_hub = True needs hub_model_id, such as 'me/rabbit-lora'.")
+        if self.train_use_8bit_adam:
+            try:
+                import bitsandbytes  # noqa: F401
+            except ImportError as error:
+                raise ImportError(
+                    "train_use_8bit_adam = True needs bitsandbytes: `pip install dpok-trl[bnb]`."
+                ) from error
+        _check_divides("sample_batch_size", self.sample_batch_size, "train_batch_size", self.train_batch_size)
+        _check_divides(
+            "sample_batch_size",
+            self.sample_batch_size,
+            "sample_num_images_per_prompt",
+            self.sample_num_images_per_prompt,
+        )
+        _check_divides(
+            "sample_batch_size * sample_num_batches_per_epoch",
+            self.sample_batch_size * self.sample_num_batches_per_epoch,
+            "train_batch_size * train_gradient_accumulation_steps",
+            self.train_batch_size * self.train_gradient_accumulation_steps,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A flat dict; keys of nested dicts are joined by "/"."""
+        flat: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            if isinstance(value, dict):
+                flat.update({f"{name}/{key}": inner for key, inner in value.items()})
+            else:
+                flat[name] = value
+        return flat
+
+
+def _as_dict(name: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{name} = {value!r} is not JSON ({error}); give something like '{{\"height\": 512}}'."
+            ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a dict, given: {value!r}")
+    return value
+
+
+def _unknown_choice(name: str, value: Any, choices: list) -> str:
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return f"{name} = {value!r}, but it must be one of {', '.join(map(str, choices))}.{hint}"
+
+
+def _check_divides(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    if value % divisor == 0:
+        return
+    below, above = value // divisor * divisor, (value // divisor + 1) * divisor
+    near = f"{below} or {above}" if below else f"{above}"
+    raise ValueError(
+        f"{name} = {value} is not a multiple of {divisor_name} = {divisor}. The nearest that are: {near}."
+    )
