@@ -100,7 +100,7 @@ class Gaussian:
         """
         self._refuse_other_shape("x", x)
         self._refuse_zero_std("log_prob")
-        squares = _reduce((x.float() - self.mean).square(), reduction)
+        squares = reduce_samples((x.float() - self.mean).square(), reduction)
         std = self.std.double()
         normalizer = (std.log() + 0.5 * math.log(2.0 * math.pi)) * self._scale(reduction)
         return squares * self._device(-0.5 / std.square()) - self._device(normalizer)
@@ -125,7 +125,7 @@ class Gaussian:
         self._refuse_other_shape("other.mean", other.mean)
         self._refuse_zero_std("kl")
         other._refuse_zero_std("kl")
-        squares = _reduce((self.mean - other.mean).square(), reduction)
+        squares = reduce_samples((self.mean - other.mean).square(), reduction)
         std, other_std = self.std.double(), other.std.double()
         # Exactly 0 where the two are equal: log 1 = 0 and 1 - 1 = 0.
         spread = (other_std / std).log() + 0.5 * ((std / other_std).square() - 1.0)
@@ -158,8 +158,8 @@ class Gaussian:
             )
 
 
-def _reduce(x: Tensor, reduction: Reduction) -> Tensor:
-    """Reduces all but the first dimension."""
+def reduce_samples(x: Tensor, reduction: Reduction) -> Tensor:
+    """Reduces a `(B, *)` tensor over the dimensions of each sample, to shape `(B,)`."""
     if reduction == "mean":
         return x.flatten(1).mean(dim=1)
     if reduction == "sum":
