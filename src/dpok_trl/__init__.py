@@ -25,7 +25,7 @@ _MODULE_OF = {
     "RewardError": "dpok_trl.rewards.base",
 }
 
-# Written out, because type checkers and editors read it without running the module; a test holds it equal to _MODULE_OF.
+# Written out, since type checkers read it without running the module; a test holds it equal to _MODULE_OF.
 __all__ = [
     "DPOKConfig",
     "DPOKTrainer",
