@@ -1,0 +1,1 @@
+"""What a run leaves: its log, the comparison with the pretrained model, the report."""

@@ -1,0 +1,110 @@
+"""Tensors to pictures, and pictures to captioned grids that can be looked at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+
+SMALLEST_CELL = (
+    96  # pixels; smaller pictures are enlarged by a whole factor, so that each of their pixels stays a square
+)
+LARGEST_CELL = (
+    384  # pixels; larger ones are scaled down, or sixteen pictures of 1024 pixels would make a file of 20 MB
+)
+FONT_SIZE = 13
+TITLE_SIZE = 16
+GAP = 10
+BACKGROUND = (255, 255, 255)
+INK = (28, 30, 33)
+PALE_INK = (98, 103, 110)
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """8-bit pictures of a batch.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): In [0, 1] (values outside are clipped), or uint8.
+
+    Raises:
+        `ValueError`: For another shape, or where a value is not finite: it would turn black without a word.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"pictures need a tensor of shape (B, 3, H, W), got {tuple(images.shape)}")
+    images = images.detach().cpu()
+    if images.dtype != torch.uint8:
+        if not bool(images.isfinite().all()):
+            raise ValueError(f"{int((~images.isfinite()).sum())} of {images.numel()} pixel values are not finite")
+        # rounded, not truncated, as diffusers does when it hands out PIL images
+        images = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()]
+
+
+def fit_cell(image: Image.Image) -> Image.Image:
+    """`image` with its longer side between `SMALLEST_CELL` and `LARGEST_CELL`: enlarged by a whole factor, or scaled down."""
+    longest = max(image.size)
+    if longest > LARGEST_CELL:
+        size = [max(1, round(side * LARGEST_CELL / longest)) for side in image.size]
+        return image.resize(size, Image.Resampling.LANCZOS)
+    factor = math.ceil(SMALLEST_CELL / longest)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def picture_grid(
+    pictures: Sequence[Image.Image], captions: Sequence[Sequence[str]], columns: int, title: str = ""
+) -> Image.Image:
+    """Pictures in rows, each with its caption below, under one title.
+
+    Args:
+        pictures (`Sequence[PIL.Image.Image]`): Of one size.
+        captions (`Sequence[Sequence[str]]`): The lines of each caption; a line that is too wide is shortened.
+        columns (`int`): Pictures in a row.
+        title (`str`, *optional*): Over the whole.
+    """
+    if not pictures or len(pictures) != len(captions):
+        raise ValueError(
+            f"a grid needs one caption for each picture: {len(pictures)} pictures, {len(captions)} captions"
+        )
+    cells = [fit_cell(picture.convert("RGB")) for picture in pictures]
+    columns = min(columns, len(cells))
+    rows = math.ceil(len(cells) / columns)
+    width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
+    line_height = FONT_SIZE + 4
+    caption_height = max(len(lines) for lines in captions) * line_height
+    top = GAP + (TITLE_SIZE + GAP if title else 0)
+    full_width = GAP + columns * (width + GAP)
+    grid = Image.new("RGB", (full_width, top + rows * (height + caption_height + GAP)), BACKGROUND)
+    pen = ImageDraw.Draw(grid)
+    if title:
+        pen.text((GAP, GAP - 2), shorten(title, full_width - 2 * GAP, font(TITLE_SIZE)), INK, font(TITLE_SIZE))
+    for index, (cell, lines) in enumerate(zip(cells, captions, strict=True)):
+        row, column = divmod(index, columns)
+        x, y = GAP + column * (width + GAP), top + row * (height + caption_height + GAP)
+        grid.paste(cell, (x, y))
+        for number, line in enumerate(lines):
+            text = shorten(line, width, font(FONT_SIZE))
+            ink = INK if number == 0 else PALE_INK
+            pen.text((x, y + height + 2 + number * line_height), text, ink, font(FONT_SIZE))
+    return grid
+
+
+def shorten(text: str, width: float, typeface: ImageFont.FreeTypeFont) -> str:
+    """`text` on one line, cut to `width` pixels with an ellipsis where it is longer."""
+    text = " ".join(text.split())
+    if typeface.getlength(text) <= width:
+        return text
+    while text and typeface.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+@lru_cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The typeface of matplotlib's curves: it comes with matplotlib, and is the same on every machine."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
