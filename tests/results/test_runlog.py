@@ -10,7 +10,7 @@ from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 
 from dpok_trl.results import runlog
-from dpok_trl.results.pictures import fit_cell, font, picture_grid, shorten, to_pil
+from dpok_trl.results.pictures import fit_cell, font, picture_grid, shorten, to_pil, wrap
 from dpok_trl.results.runlog import RunLog, format_reward, log_images_to, read_metrics
 
 
@@ -73,21 +73,22 @@ def test_grid_of_small_pictures(tmp_path):
     images[0, 0, 0, 0] = 1.0  # one red pixel in the first
     grid = RunLog(tmp_path).sample_grid(images, ["a circle"] * 20, torch.arange(20.0), epoch=7)
     assert Image.open(tmp_path / "samples" / "epoch-0007.png").size == grid.size
-    # 2 rows of 8 pictures of 3 * 32 pixels, 10 apart; a title, and one caption line
-    assert grid.size == (10 + 8 * 106, 36 + 2 * (96 + 17 + 10))
+    # 2 rows of 8 pictures of 4 * 32 pixels, 10 apart; a title, and one caption line
+    assert grid.size == (10 + 8 * 138, 36 + 2 * (128 + 17 + 10))
     pixels = np.asarray(grid)
-    assert (pixels[36:39, 10:13] == (255, 0, 0)).all() and (pixels[39, 10] == 0).all()
+    assert (pixels[36:40, 10:14] == (255, 0, 0)).all() and (pixels[40, 10] == 0).all()
 
 
 def test_grid_with_several_prompts_has_them_in_the_captions(tmp_path):
-    grid = RunLog(tmp_path).sample_grid(torch.zeros(2, 3, 64, 48), ["a", "b" * 99], [0.5, math.nan], epoch=0)
-    assert grid.size == (10 + 2 * 106, 36 + 128 + 34 + 10)
+    grid = RunLog(tmp_path).sample_grid(torch.zeros(2, 3, 64, 48), ["a", "two words" * 20], [0.5, math.nan], epoch=0)
+    # pictures of 96x128 (twice their size), a headline and two lines of text
+    assert grid.size == (10 + 2 * 106, 36 + 128 + 3 * 17 + 10)
     with pytest.raises(ValueError, match="equally many, got 2, 1 and 2"):
         RunLog(tmp_path).sample_grid(torch.zeros(2, 3, 8, 8), ["a"], [0.5, 0.5], epoch=0)
 
 
 def test_cells():
-    assert fit_cell(Image.new("RGB", (32, 16))).size == (96, 48)
+    assert fit_cell(Image.new("RGB", (32, 16))).size == (128, 64)
     assert fit_cell(Image.new("RGB", (100, 200))).size == (100, 200)
     assert fit_cell(Image.new("RGB", (1024, 512))).size == (384, 192)
     with pytest.raises(ValueError, match="1 pictures, 0 captions"):
@@ -98,6 +99,14 @@ def test_shortened_text_fits():
     assert shorten("a  green\ntriangle", 500, font(13)) == "a green triangle"
     cut = shorten("a very long prompt " * 9, 96, font(13))
     assert cut.endswith("…") and font(13).getlength(cut) <= 96 < font(13).getlength(cut[:-1] + "xx…")
+
+
+def test_captions_wrap_between_words_and_lose_nothing_that_fits():
+    lines = wrap("a red square and a blue circle", 128, font(13))
+    assert " ".join(lines) == "a red square and a blue circle" and len(lines) == 2
+    assert wrap("", 128, font(13)) == []
+    (cut,) = wrap("x" * 99, 128, font(13))
+    assert cut.endswith("…")
 
 
 def test_pixels_are_rounded():

@@ -12,12 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 
-SMALLEST_CELL = (
-    96  # pixels; smaller pictures are enlarged by a whole factor, so that each of their pixels stays a square
-)
-LARGEST_CELL = (
-    384  # pixels; larger ones are scaled down, or sixteen pictures of 1024 pixels would make a file of 20 MB
-)
+SMALLEST_CELL = 128  # pixels; smaller pictures are enlarged by a whole factor, which keeps their pixels square
+LARGEST_CELL = 384  # pixels; sixteen pictures of 1024 pixels would make a file of 20 MB
 FONT_SIZE = 13
 TITLE_SIZE = 16
 GAP = 10
@@ -57,13 +53,13 @@ def fit_cell(image: Image.Image) -> Image.Image:
 
 
 def picture_grid(
-    pictures: Sequence[Image.Image], captions: Sequence[Sequence[str]], columns: int, title: str = ""
+    pictures: Sequence[Image.Image], captions: Sequence[tuple[str, str]], columns: int, title: str = ""
 ) -> Image.Image:
     """Pictures in rows, each with its caption below, under one title.
 
     Args:
         pictures (`Sequence[PIL.Image.Image]`): Of one size.
-        captions (`Sequence[Sequence[str]]`): The lines of each caption; a line that is too wide is shortened.
+        captions (`Sequence[tuple[str, str]]`): For each a headline and a text. The text is wrapped to two lines; what does not fit is cut.
         columns (`int`): Pictures in a row.
         title (`str`, *optional*): Over the whole.
     """
@@ -75,22 +71,22 @@ def picture_grid(
     columns = min(columns, len(cells))
     rows = math.ceil(len(cells) / columns)
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
+    lines = [[shorten(head, width, font(FONT_SIZE)), *wrap(text, width, font(FONT_SIZE))] for head, text in captions]
     line_height = FONT_SIZE + 4
-    caption_height = max(len(lines) for lines in captions) * line_height
+    caption_height = max(len(caption) for caption in lines) * line_height
     top = GAP + (TITLE_SIZE + GAP if title else 0)
     full_width = GAP + columns * (width + GAP)
     grid = Image.new("RGB", (full_width, top + rows * (height + caption_height + GAP)), BACKGROUND)
     pen = ImageDraw.Draw(grid)
     if title:
         pen.text((GAP, GAP - 2), shorten(title, full_width - 2 * GAP, font(TITLE_SIZE)), INK, font(TITLE_SIZE))
-    for index, (cell, lines) in enumerate(zip(cells, captions, strict=True)):
+    for index, (cell, caption) in enumerate(zip(cells, lines, strict=True)):
         row, column = divmod(index, columns)
         x, y = GAP + column * (width + GAP), top + row * (height + caption_height + GAP)
         grid.paste(cell, (x, y))
-        for number, line in enumerate(lines):
-            text = shorten(line, width, font(FONT_SIZE))
+        for number, line in enumerate(caption):
             ink = INK if number == 0 else PALE_INK
-            pen.text((x, y + height + 2 + number * line_height), text, ink, font(FONT_SIZE))
+            pen.text((x, y + height + 2 + number * line_height), line, ink, font(FONT_SIZE))
     return grid
 
 
@@ -102,6 +98,17 @@ def shorten(text: str, width: float, typeface: ImageFont.FreeTypeFont) -> str:
     while text and typeface.getlength(text + "…") > width:
         text = text[:-1]
     return text.rstrip() + "…"
+
+
+def wrap(text: str, width: float, typeface: ImageFont.FreeTypeFont) -> list[str]:
+    """`text` on at most two lines of `width` pixels, broken between words; the second is cut where more is left."""
+    words = text.split()
+    first = 0
+    while first < len(words) and typeface.getlength(" ".join(words[: first + 1])) <= width:
+        first += 1
+    first = max(first, 1)  # a word that is wider than the line is cut, not dropped
+    lines = [" ".join(words[:first]), " ".join(words[first:])]
+    return [shorten(line, width, typeface) for line in lines if line]
 
 
 @lru_cache

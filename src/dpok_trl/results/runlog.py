@@ -91,9 +91,9 @@ class RunLog:
         title = f"epoch {epoch}"
         if len(set(prompts)) == 1:
             title = f"{prompts[0]}  ·  {title}"
-            captions = [[value] for value in values]
+            captions = [(value, "") for value in values]
         else:
-            captions = [[value, prompt] for value, prompt in zip(values, prompts[:GRID_SIZE], strict=True)]
+            captions = [(value, prompt) for value, prompt in zip(values, prompts[:GRID_SIZE], strict=True)]
         columns = 4 if len(values) <= 8 else 8
         grid = picture_grid(to_pil(images[:GRID_SIZE]), captions, columns, title)
         folder = self.folder / "samples"
