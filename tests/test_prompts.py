@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 
 import datasets
+import numpy as np
 import pytest
 
 from dpok_trl.prompts import prompt_source
@@ -153,6 +154,13 @@ def test_dataset_rows_with_their_other_columns():
 def test_dataset_and_list_have_the_same_order():
     dataset = datasets.Dataset.from_dict({"prompt": FIVE})
     assert prompt_source(dataset, seed=2).draw(15) == prompt_source(FIVE, seed=2).draw(15)
+
+
+def test_format_of_the_dataset_is_for_the_metadata_alone():
+    dataset = datasets.Dataset.from_dict({"prompt": ["a"], "count": [1]}).with_format("numpy")
+    [prompt], [metadata] = prompt_source(dataset).draw(1)
+    assert type(prompt) is str  # and not numpy.str_
+    assert isinstance(metadata["count"], np.int64)
 
 
 def test_dataset_errors():
