@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dpok_trl.core.gaussian import Gaussian
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -41,8 +43,14 @@ class Trajectory:
             raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}, needed is {tuple(self.log_probs.shape)}")
         return replace(self, log_probs=log_probs)
 
-    def transitions(self, samples: Sequence[int], step: int, advantages: torch.Tensor) -> Transitions:
-        """The transitions of the given samples at one step. `advantages` has shape `(B,)`, one for each sample of the trajectory."""
+    def transitions(
+        self,
+        samples: Sequence[int],
+        step: int,
+        advantages: torch.Tensor,
+        reference: Gaussian | torch.Tensor | None = None,
+    ) -> Transitions:
+        """The transitions of the given samples at one step. `advantages`, `(B,)`, has one entry for each sample of the trajectory."""
         rows = torch.tensor(samples, device=self.log_probs.device)
         return Transitions(
             trajectory=self,
@@ -50,6 +58,7 @@ class Trajectory:
             step=step,
             old_log_prob=self.log_probs[rows, self.steps.index(step)],
             advantage=advantages.to(self.log_probs.device)[rows],
+            reference=reference,
         )
 
 
@@ -63,6 +72,8 @@ class Transitions:
         step (`int`): The denoising step, counted from 0 in generation order.
         old_log_prob (`torch.Tensor` of shape `(n,)`): Under the policy that drew them.
         advantage (`torch.Tensor` of shape `(n,)`)
+        reference ([`Gaussian`] or `torch.Tensor`, *optional*): What the pretrained model says of these rows: its distribution of x_{t-1}, or
+            its model output where the KL is taken in noise space. `None` without a KL term.
     """
 
     trajectory: Trajectory
@@ -70,3 +81,4 @@ class Transitions:
     step: int
     old_log_prob: torch.Tensor
     advantage: torch.Tensor
+    reference: Gaussian | torch.Tensor | None = None

@@ -19,6 +19,7 @@ from torch import nn
 
 
 ADAPTER_NAME = "default"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for
 # The attention projections, which every diffusers denoiser names alike; rank and alpha as in DDPO and in DPOK's official code.
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 

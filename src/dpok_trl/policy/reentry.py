@@ -88,7 +88,9 @@ def intercepted(pipe: DiffusionPipeline, answers: Answers) -> Iterator[None]:
     scheduler.step = step
     swapped: dict[str, Any] = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
     if getattr(pipe, "safety_checker", None) is not None:
-        swapped["safety_checker"] = None  # it turns images black, and a black image would be rewarded as the policy's own
+        swapped["safety_checker"] = (
+            None  # it turns images black, and a black image would be rewarded as the policy's own
+        )
     for name in DENOISER_NAMES:
         if getattr(pipe, name, None) is not None:
             swapped[name] = DenoiserProxy(getattr(pipe, name), answers.denoise)

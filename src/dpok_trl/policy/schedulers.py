@@ -144,10 +144,10 @@ def _refuse_options(scheduler: diffusers.SchedulerMixin) -> None:
         _refuse(scheduler, "dynamic thresholding has no usable gradient", again + "thresholding=False)")
     variance = config.get("variance_type") or "fixed_small"
     if variance not in ("fixed_small", "fixed_small_log"):
-        advice = again + 'variance_type="fixed_small")'
+        problem = f'variance_type="{variance}" is not the variance of the posterior'
         if variance.startswith("learned"):
-            advice += ", with a network that does not predict its variance"
-        _refuse(scheduler, f'variance_type="{variance}" is not the variance of the posterior', advice)
+            problem += ", and the network has to be one that does not predict its variance"
+        _refuse(scheduler, problem, again + 'variance_type="fixed_small")')
     # FlowMatchEuler has no prediction_type: flow matching knows but one.
     prediction_type = config.get("prediction_type", "flow_prediction")
     if prediction_type not in get_args(PredictionType):
@@ -311,7 +311,8 @@ def _read_variance_exploding(scheduler: diffusers.SchedulerMixin) -> SchedulerGr
 def _read_flow(scheduler: diffusers.SchedulerMixin) -> SchedulerGrid:
     """FlowMatchEuler: x = (1 - sigma) * x0 + sigma * eps, and the network predicts eps - x0."""
     if scheduler.config.get("invert_sigmas", False):
-        _refuse(scheduler, "invert_sigmas=True runs from signal to noise", _ADVICE_FLOW)
+        problem = "invert_sigmas=True counts noise the other way round, as only Mochi's network expects"
+        _refuse(scheduler, problem, _ADVICE_FLOW.replace(")", ", invert_sigmas=False)"))
     sigma = _sigmas(scheduler)
     return _without_clipping(scheduler, 1.0 - sigma, sigma, is_flow=True)
 
@@ -323,8 +324,7 @@ def _read_solver(scheduler: diffusers.SchedulerMixin) -> SchedulerGrid:
         _refuse(
             scheduler,
             f"prediction_type={scheduler.config.prediction_type!r} does not go with use_flow_sigmas={is_flow}",
-            f"{type(scheduler).__name__}.from_config(pipe.scheduler.config, use_flow_sigmas=True, "
-            'prediction_type="flow_prediction") for a flow network, or use_flow_sigmas=False for any other',
+            f"{type(scheduler).__name__}.from_config(pipe.scheduler.config, use_flow_sigmas={not is_flow})",
         )
     if is_flow:
         return _without_clipping(scheduler, 1.0 - sigma, sigma, is_flow=True)

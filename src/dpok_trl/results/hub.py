@@ -1,0 +1,105 @@
+"""What goes to the Hub: a minimal honest model card, and the upload."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+
+
+TEMPLATE = """---
+{{{{ card_data }}}}
+---
+
+# {model_name}
+
+A LoRA adapter trained with [dpok-trl](https://pypi.org/project/dpok-trl/) by DPOK: reinforcement learning with a KL term to the
+pretrained model.
+
+| | |
+|---|---|
+| base model | {base_model} |
+| reward | `{reward}` |
+| epochs, optimizer steps | {epochs}, {updates} |
+{metric_rows}
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{base_model}")
+pipe.load_lora_weights("{model_name}")
+image = pipe("a prompt").images[0]
+```
+
+The numbers are of the last training batches, not of a held-out evaluation. An adapter tuned on a reward inherits what that reward
+overlooks: look at the images before you use it.
+
+## Settings
+
+```json
+{config}
+```
+
+## Citation
+
+```bibtex
+@inproceedings{{fan2023dpok,
+  title     = {{DPOK: Reinforcement Learning for Fine-tuning Text-to-Image Diffusion Models}},
+  author    = {{Ying Fan and Olivia Watkins and Yuqing Du and Hao Liu and Moonkyung Ryu and Craig Boutilier and Pieter Abbeel and
+               Mohammad Ghavamzadeh and Kangwook Lee and Kimin Lee}},
+  booktitle = {{Advances in Neural Information Processing Systems}},
+  year      = {{2023}},
+  url       = {{https://arxiv.org/abs/2305.16381}}
+}}
+```
+"""
+
+
+def write_model_card(
+    folder: str | Path,
+    *,
+    model_name: str,
+    base_model: str | None,
+    reward: str,
+    config: dict[str, Any],
+    epochs: int,
+    updates: int,
+    metrics: dict[str, float],
+    dataset_name: str | None = None,
+    tags: list[str] | None = None,
+) -> None:
+    """Writes `README.md` and `dpok_config.json` into `folder`.
+
+    The licence is left out: it follows from the base model's and is the user's to state.
+    """
+    folder = Path(folder)
+    shown = {"reward": "reward (last batch)", "kl": "KL per step (last batch)"}
+    rows = [f"| {label} | {metrics[name]:.4g} |" for name, label in shown.items() if name in metrics]
+    data = ModelCardData(
+        base_model=None if base_model is None or Path(base_model).exists() else base_model,  # a folder is no Hub id
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        datasets=dataset_name,
+        tags=["text-to-image", "diffusers", "lora", "reinforcement-learning", *(tags or [])],
+    )
+    settings = json.dumps(config, indent=2, default=str)
+    text = TEMPLATE.format(
+        model_name=model_name,
+        base_model=base_model or "BASE_MODEL",
+        reward=reward,
+        epochs=epochs,
+        updates=updates,
+        metric_rows="\n".join(rows),
+        config=settings,
+    )
+    ModelCard(text.replace("{{ card_data }}", data.to_yaml())).save(folder / "README.md")
+    (folder / "dpok_config.json").write_text(settings)
+
+
+def push_folder(folder: str | Path, repo_id: str, *, commit_message: str, private: bool | None) -> str:
+    """Uploads a folder to a model repository, which is made if need be. Returns the commit's URL."""
+    api = HfApi()
+    repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return api.upload_folder(folder_path=folder, repo_id=repo, commit_message=commit_message).commit_url

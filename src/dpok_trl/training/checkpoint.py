@@ -1,0 +1,198 @@
+"""Checkpoints: atomic, whole or not there, resumed bit for bit, rotated."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+
+from dpok_trl.policy.lora import LORA_FILE, load_lora_state_dict, save_lora
+
+
+if TYPE_CHECKING:
+    from dpok_trl.training.trainer import DPOKTrainer
+
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"
+
+
+class Checkpoints:
+    """Saves and resumes a trainer under `output_dir/checkpoint-<optimizer step>`.
+
+    A checkpoint holds the adapter (which a stock pipeline loads), optimizer, learning-rate schedule, loss scale and the random states of
+    every process as accelerate writes them, and `trainer_state.json`: epoch, step, prompts, per-prompt statistics and the list of files.
+    It is written under another name and renamed when everything is on disk.
+    """
+
+    def __init__(self, trainer: DPOKTrainer):
+        self.trainer = trainer
+        self.folder = trainer.output_dir
+        self.limit = trainer.config.project_kwargs.get("total_limit") or trainer.config.num_checkpoint_limit
+        trainer.accelerator.register_save_state_pre_hook(self._save_adapter)
+        trainer.accelerator.register_load_state_pre_hook(self._load_adapter)
+
+    # ---------------------------------------------------------------- save
+
+    def save(self) -> Path:
+        """Called on all processes. Returns the checkpoint's path."""
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        final = self.folder / f"checkpoint-{trainer.global_step}"
+        unfinished = self.folder / f"unfinished-checkpoint-{trainer.global_step}"
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(unfinished))
+        accelerator.wait_for_everyone()  # save_state ends without a barrier
+        if accelerator.is_main_process:
+            (unfinished / STATE_FILE).write_text(json.dumps(self._state(unfinished), indent=2))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(unfinished, final)
+            for path in self._all()[: -self.limit]:
+                shutil.rmtree(path)
+        accelerator.wait_for_everyone()
+        return final
+
+    def _state(self, folder: Path) -> dict[str, Any]:
+        trainer = self.trainer
+        return {
+            "epoch": trainer.first_epoch,
+            "global_step": trainer.global_step,
+            "seconds": trainer.seconds,
+            "num_processes": trainer.accelerator.num_processes,
+            "reanchor": trainer._reanchor,
+            "prompts": trainer.prompts.state_dict(),
+            "stat_tracker": None if trainer.stat_tracker is None else trainer.stat_tracker.state_dict(),
+            "last_metrics": trainer.last_metrics,
+            "config": trainer.config.to_dict(),
+            "files": {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()},
+        }
+
+    def _save_adapter(self, models: list, weights: list, output_dir: str) -> None:
+        if self.trainer.accelerator.is_main_process:
+            save_lora(self.trainer.pipeline, dict(self.trainer.policy.denoisers), output_dir)
+        weights.clear()  # the frozen base need not be written again
+
+    # ---------------------------------------------------------------- resume
+
+    def resume(self, path: Path) -> None:
+        """Called on all processes.
+
+        Args:
+            path (`Path`): A checkpoint, or a folder of checkpoints of which the newest whole one is taken. Instead of a half-written
+                checkpoint the newest whole one beside it is taken, with a warning.
+
+        Raises:
+            `ValueError`: If there is no whole checkpoint, or it was written by another number of processes.
+        """
+        trainer = self.trainer
+        checkpoint = find_checkpoint(path)
+        state = json.loads((checkpoint / STATE_FILE).read_text())
+        if state["num_processes"] != trainer.accelerator.num_processes:
+            raise ValueError(
+                f"{checkpoint} was written by {state['num_processes']} processes and this run has {trainer.accelerator.num_processes}: each draws "
+                f"its own noise, so the run would not go on as it was. Launch {state['num_processes']} processes, or start a new run from the "
+                "adapter (`pipe.load_lora_weights(checkpoint)`)."
+            )
+        trainer.accelerator.load_state(str(checkpoint))
+        trainer.first_epoch = state["epoch"]
+        trainer.global_step = state["global_step"]
+        trainer.seconds = state["seconds"]
+        trainer.last_metrics = state["last_metrics"]
+        if trainer.config.train_reanchor is None:
+            trainer._reanchor = state["reanchor"]
+        trainer.prompts.load_state_dict(state["prompts"])
+        if trainer.stat_tracker is not None and state["stat_tracker"] is not None:
+            trainer.stat_tracker.load_state_dict(state["stat_tracker"])
+        if trainer.accelerator.is_main_process:
+            trainer.run_log.keep_until(trainer.global_step)
+            logger.info(
+                "resumed from %s: %d epochs, %d optimizer steps done", checkpoint, state["epoch"], state["global_step"]
+            )
+
+    def _load_adapter(self, models: list, input_dir: str) -> None:
+        tensors = load_file(f"{input_dir}/{LORA_FILE}")
+        for name, module in self.trainer.policy.denoisers.items():
+            prefix = f"{name}."
+            load_lora_state_dict(
+                module, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            )
+        models.clear()
+
+    # ---------------------------------------------------------------- the folder
+
+    def refuse_other_run(self) -> None:
+        """Raises `ValueError` if the output folder holds a run already: its metrics and checkpoints would be mixed with ours."""
+        found = [str(path.name) for path in self._all()] + [
+            p.name for p in (self.folder / "metrics.jsonl",) if p.exists()
+        ]
+        if found:
+            raise ValueError(
+                f"output_dir = '{self.folder}' holds another run ({', '.join(found[:3])}{' ...' if len(found) > 3 else ''}). Choose another output_dir, "
+                "go on with it by trainer.train(resume_from_checkpoint=True), or remove it."
+            )
+
+    def _all(self) -> list[Path]:
+        return _checkpoints_in(self.folder)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint at `path`, or the newest whole one in it or (if `path` is half-written) beside it."""
+    path = Path(path)
+    is_checkpoint = _step_of(path) is not None
+    if is_checkpoint and (problem := what_is_missing(path)) is None:
+        return path
+    candidates = _checkpoints_in(path.parent if is_checkpoint else path)[::-1]
+    problems = []
+    for candidate in candidates:
+        missing = what_is_missing(candidate)
+        if missing is None:
+            for skipped in problems:
+                logger.warning("%s; resuming from %s instead", skipped, candidate)
+            if is_checkpoint and not path.exists():
+                logger.warning("%s does not exist; resuming from %s instead", path, candidate)
+            return candidate
+        problems.append(f"{candidate} is not whole ({missing})")
+    raise ValueError(
+        f"nothing to resume from at '{path}': "
+        + ("; ".join(problems) if problems else (problem if is_checkpoint else "there is no checkpoint-<step> in it"))
+        + ". Give a checkpoint, a folder with checkpoints, or start without resume."
+    )
+
+
+def what_is_missing(checkpoint: Path) -> str | None:
+    """Why a checkpoint is not whole, `None` if it is."""
+    state_file = checkpoint / STATE_FILE
+    if not state_file.is_file():
+        return f"{STATE_FILE} is missing" if checkpoint.exists() else "it does not exist"
+    try:
+        files = json.loads(state_file.read_text())["files"]
+    except (json.JSONDecodeError, KeyError):
+        return f"{STATE_FILE} is cut off"
+    for name, size in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def _step_of(path: Path) -> int | None:
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match.group(1)) if match else None
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """Oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if p.is_dir() and _step_of(p) is not None), key=_step_of)

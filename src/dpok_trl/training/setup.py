@@ -1,0 +1,86 @@
+"""What the trainer stands on: accelerator, output folder, optimizer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
+
+from dpok_trl.training.config import DPOKConfig
+
+
+logger = logging.getLogger(__name__)
+
+
+def make_accelerator(config: DPOKConfig) -> Accelerator:
+    """The accelerator of a run.
+
+    Raises:
+        `RuntimeError`: If a launcher started several processes and Accelerate sees one: each would believe to be the main one.
+    """
+    project = dict(config.project_kwargs)
+    project.pop("project_dir", None)  # see settle_output_dir
+    project.pop("total_limit", None)  # see Checkpoints
+    if project.pop("automatic_checkpoint_naming", False):
+        logger.info(
+            "project_kwargs['automatic_checkpoint_naming'] is not needed: checkpoints are named checkpoint-<step>"
+        )
+    arguments = dict(config.accelerator_kwargs)
+    handlers = list(arguments.pop("kwargs_handlers", []))
+    if not any(isinstance(handler, DistributedDataParallelKwargs) for handler in handlers):
+        # A denoiser has no buffer that training changes; broadcasting them would cost a message in every forward pass.
+        handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False))
+    accelerator = Accelerator(
+        log_with=config.log_with,
+        mixed_precision=config.mixed_precision,
+        project_config=ProjectConfiguration(**{"logging_dir": config.logdir, **project}),
+        step_scheduler_with_optimizer=False,  # or it would step once for each process
+        kwargs_handlers=handlers,
+        **arguments,
+    )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise RuntimeError(
+            f"WORLD_SIZE = {launched} processes were launched, but Accelerate runs {accelerator.num_processes}: each would believe to be the main "
+            "one and write to the same folder. On a machine without GPUs set ACCELERATE_USE_CPU=true or accelerator_kwargs={'cpu': True}; note "
+            "that `accelerate launch --cpu --num_processes 2` starts one process only (use `torchrun --nproc_per_node 2`)."
+        )
+    return accelerator
+
+
+def settle_output_dir(config: DPOKConfig, accelerator: Accelerator) -> Path:
+    """`output_dir`, or DDPO's `project_kwargs["project_dir"]`, or `{logdir}/{exp_name}-{run_name}`; the same on all processes.
+
+    Trackers write there too, unless `project_kwargs["logging_dir"]` says otherwise.
+    """
+    given = config.output_dir or config.project_kwargs.get("project_dir")
+    if not given:
+        run_name = config.run_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        name = [str(Path(config.logdir) / f"{config.exp_name or 'dpok'}-{run_name}")]
+        broadcast_object_list(name)  # clocks differ between machines
+        given = name[0]
+    project = accelerator.project_configuration
+    project.project_dir = str(given)
+    project.logging_dir = config.project_kwargs.get("logging_dir", str(given))
+    return Path(given)
+
+
+def make_optimizer(config: DPOKConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, or AdamW8bit of bitsandbytes."""
+    if config.train_use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        from torch.optim import AdamW
+    return AdamW(
+        parameters,
+        lr=config.train_learning_rate,
+        betas=(config.train_adam_beta1, config.train_adam_beta2),
+        weight_decay=config.train_adam_weight_decay,
+        eps=config.train_adam_epsilon,
+    )

@@ -1,0 +1,650 @@
+"""`DPOKTrainer`: the loop of DPOK (arXiv 2305.16381, algorithm 1) on `accelerate.Accelerator`, with the API of TRL's DDPOTrainer."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object, set_seed
+from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from tqdm.auto import tqdm
+
+from dpok_trl.core.advantages import PerPromptStatTracker, batch_advantages, clip_advantages, group_advantages
+from dpok_trl.core.gaussian import Gaussian
+from dpok_trl.core.objectives import OBJECTIVES, noise_kl
+from dpok_trl.core.trajectory import Trajectory, Transitions
+from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline, load_pipeline
+from dpok_trl.policy.lora import adapter_name, default_lora_config, prepare_adapter, save_lora
+from dpok_trl.policy.policy import Policy, find_denoisers
+from dpok_trl.policy.reentry import ReplayedStep
+from dpok_trl.prompts import prompt_source
+from dpok_trl.results.hub import push_folder, write_model_card
+from dpok_trl.results.runlog import RunLog, log_images_to
+from dpok_trl.rewards.base import RewardError, reward_name, score
+from dpok_trl.training.checkpoint import Checkpoints
+from dpok_trl.training.config import DPOKConfig
+from dpok_trl.training.setup import make_accelerator, make_optimizer, settle_output_dir
+
+
+logger = logging.getLogger(__name__)
+
+# A replay that is off by more than this (mean log-probability per dimension, any precision) walks another path than the rollout;
+# rounding in bf16 at another batch shape stays below 1e-2.
+LARGEST_ROUNDING = 0.05
+
+
+class RatioError(RuntimeError):
+    """The policy's ratio is not 1 before the first update: training would start on wrong gradients."""
+
+
+@dataclass
+class SampledBatch:
+    """One sampling batch of this process: its trajectory, what the user handed over with the prompts, and the rewards."""
+
+    trajectory: Trajectory
+    metadata: tuple[Any, ...]
+    job: Future | None = None
+    rewards: torch.Tensor | None = None  # (B,) float32 on the CPU
+    reward_metadata: Any = None
+    seconds: float = 0.0
+
+
+@dataclass
+class TrainingBatch:
+    """`train_batch_size` samples of one trajectory, with the reference's answer at the steps that were needed so far."""
+
+    trajectory: Trajectory
+    samples: tuple[int, ...]
+    advantages: torch.Tensor  # (B,) for all samples of the trajectory
+    references: dict[int, Gaussian | torch.Tensor] = field(default_factory=dict)
+
+    def transitions(self, step: int) -> Transitions:
+        return self.trajectory.transitions(self.samples, step, self.advantages, self.references.get(step))
+
+
+class DPOKTrainer:
+    """Fine-tunes a diffusers text-to-image pipeline by reinforcement learning with a KL term to the pretrained model (DPOK).
+
+    Args:
+        config ([`DPOKConfig`])
+        reward_function (`Callable`): `(images, prompts, prompt_metadata) -> rewards` or `(rewards, reward_metadata)`, as in DDPO: images are
+            a tensor `(B, 3, H, W)` in [0, 1] on the device, prompts and metadata are tuples of length `B`, rewards are `B` finite numbers.
+        prompt_function: A DDPO callable `() -> (prompt, metadata)`, a list of prompts, or a `datasets.Dataset` with a "prompt" column.
+        sd_pipeline: Any diffusers text-to-image pipeline, a [`DefaultDPOKStableDiffusionPipeline`], a Hub id or a folder. It is used in place:
+            after training its denoiser holds the tuned adapter, and everything else is as it was.
+        image_samples_hook (`Callable`, *optional*): `(prompt_image_data, global_step, tracker) -> None`, called on the main process after each
+            round of sampling. `prompt_image_data` holds, for each sampling batch, `[images, prompts, metadata, rewards, reward_metadata]`;
+            without a configured tracker, `tracker` writes `log_images` to the output folder.
+        peft_config (`peft.LoraConfig`, *optional*): The adapter to add. Without it an adapter that the pipeline already has is trained on, or else
+            one on the attention projections is added (`train_lora_rank`).
+
+    Raises:
+        `ValueError`: For settings and pipelines that cannot work; the message says what to change.
+    """
+
+    _tag_names = ["dpok-trl", "dpok"]  # noqa: RUF012 (as DDPOTrainer has it)
+
+    def __init__(
+        self,
+        config: DPOKConfig,
+        reward_function: Callable[..., Any],
+        prompt_function: Any,
+        sd_pipeline: DiffusionPipeline | DefaultDPOKStableDiffusionPipeline | str | Path,
+        image_samples_hook: Callable[[Any, int, Any], Any] | None = None,
+        *,
+        peft_config: Any = None,
+    ):
+        self.config = config
+        self.reward_fn = reward_function
+        self.image_samples_callback = image_samples_hook
+        self.accelerator = make_accelerator(config)
+        self.output_dir = settle_output_dir(config, self.accelerator)
+        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        self.prompts = prompt_source(
+            prompt_function,
+            images_per_prompt=config.sample_num_images_per_prompt,
+            seed=config.seed,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+
+        set_seed(config.seed)  # the adapter is initialised alike on all processes
+        self.pipeline = load_pipeline(sd_pipeline)
+        self.pipeline.to(self.accelerator.device)
+        if peft_config is None and not _has_adapter(self.pipeline):
+            peft_config = default_lora_config(config.train_lora_rank, config.train_lora_alpha)
+        for component in self.pipeline.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.requires_grad_(False)
+        for denoiser in find_denoisers(self.pipeline).values():
+            prepare_adapter(denoiser, peft_config)
+            if config.train_gradient_checkpointing:
+                denoiser.enable_gradient_checkpointing()
+        self.policy = Policy(
+            self.pipeline,
+            call_kwargs=self._call_kwargs(),
+            kind=config.sample_transition,
+            eta=config.sample_eta,
+            noise_level=config.sample_noise_level,
+            min_std=config.sample_min_std,
+            log_prob_reduction=config.train_log_prob_reduction,
+        )
+        set_seed(config.seed, device_specific=True)
+
+        self.trainable_layers = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(config, self.trainable_layers)
+        lr_scheduler = get_scheduler(
+            config.train_lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.train_lr_warmup_steps,
+            num_training_steps=config.num_epochs * config.train_num_inner_epochs * self._updates_per_pass(),
+        )
+        self.prepared_policy, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
+            self.policy, optimizer, lr_scheduler
+        )
+        self.stat_tracker = None
+        if config.per_prompt_stat_tracking:
+            self.stat_tracker = PerPromptStatTracker(
+                config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
+            )
+        self.executor = ThreadPoolExecutor(max_workers=config.max_workers) if config.async_reward_computation else None
+
+        self.first_epoch = 0
+        self.global_step = 0
+        self.seconds = 0.0  # of training, over all resumed parts
+        self.last_metrics: dict[str, float] = {}
+        self._ratio_checked = False
+        self._reanchor = config.train_reanchor
+        self.run_log = RunLog(self.output_dir)
+        self.checkpoints = Checkpoints(self)
+        self.accelerator.init_trackers(
+            config.tracker_project_name,
+            config={k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str, bool))},
+            init_kwargs=config.tracker_kwargs,
+        )
+
+    # ---------------------------------------------------------------- the loop
+
+    def train(self, epochs: int | None = None, resume_from_checkpoint: bool | str | Path | None = None) -> None:
+        """Trains until `epochs` rounds (default: `config.num_epochs`) are done.
+
+        Args:
+            epochs (`int`, *optional*): Rounds in all, those before a resumed checkpoint included.
+            resume_from_checkpoint (`bool` or path, *optional*): `True`: the newest whole checkpoint in `output_dir`. A path: that checkpoint, or
+                the newest whole one in that folder. Default: `config.resume_from`.
+
+        Raises:
+            `ValueError`: If the output folder holds another run, or there is nothing to resume from.
+            [`RewardError`]: On every process, if the reward fails on one.
+            [`RatioError`]: If the ratio is not 1 before the first update.
+            `FloatingPointError`: If the loss becomes NaN or infinite.
+        """
+        resume = resume_from_checkpoint or self.config.resume_from
+        if resume:
+            self.checkpoints.resume(self.output_dir if resume is True else Path(resume))
+        elif self.global_step == 0:
+            self.checkpoints.refuse_other_run()
+        self.accelerator.wait_for_everyone()
+        last = self.config.num_epochs if epochs is None else epochs
+        started = time.monotonic() - self.seconds
+        progress = tqdm(
+            range(self.first_epoch, last),
+            initial=self.first_epoch,
+            total=last,
+            desc="epochs",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        for epoch in progress:
+            self.global_step = self.step(epoch, self.global_step)
+            self.first_epoch = epoch + 1
+            self.seconds = time.monotonic() - started
+            progress.set_postfix({k: f"{v:.4g}" for k, v in self.last_metrics.items() if k in ("reward", "kl")})
+            if epoch + 1 == last or (self.config.save_freq and (epoch + 1) % self.config.save_freq == 0):
+                self.checkpoints.save()
+        self.accelerator.end_training()
+        if self.config.push_to_hub:
+            self.push_to_hub()
+
+    def step(self, epoch: int, global_step: int) -> int:
+        """One round: sample, score, and update on what was sampled. Returns the number of optimizer steps done so far."""
+        batches, sampling_metrics = self.sample(epoch)
+        prompts, rewards = self._gather(batches)
+        advantages = self.advantages(prompts, rewards)
+        self._log_round(epoch, global_step, batches, rewards, sampling_metrics)
+
+        training_batches = self._training_batches(batches, advantages)
+        started = time.monotonic()
+        for inner_epoch in range(self.config.train_num_inner_epochs):
+            for update in self._updates(training_batches, epoch, inner_epoch):
+                metrics = self._update(update)
+                global_step += 1
+                self._log({"epoch": epoch, "inner_epoch": inner_epoch, **metrics}, global_step)
+        self._log({"epoch": epoch, "time/update": time.monotonic() - started}, global_step)
+        return global_step
+
+    # ---------------------------------------------------------------- sampling and rewards
+
+    def sample(self, epoch: int) -> tuple[list[SampledBatch], dict[str, float]]:
+        """Rolls the policy out over this process's sampling batches of an epoch and scores them.
+
+        Returns the scored batches and the timings. Seeds follow from (seed, epoch, process, batch), so each process draws its own noise and a
+        resumed run draws what an uninterrupted one would have drawn.
+        """
+        config = self.config
+        batches = []
+        started = time.monotonic()
+        for index in self._progress(range(config.sample_num_batches_per_epoch), "rollout"):
+            prompts, metadata = self.prompts.draw(config.sample_batch_size)
+            with self.accelerator.autocast():
+                trajectory = self.policy.rollout(prompts, self._seeds(epoch, index))
+            batch = SampledBatch(trajectory, tuple(metadata))
+            if self.executor is not None:
+                batch.job = self.executor.submit(self._score, batch)
+            batches.append(batch)
+        rollout_seconds = time.monotonic() - started
+
+        started = time.monotonic()
+        error: RewardError | None = None
+        try:
+            for batch in batches:
+                if batch.job is None:
+                    self._score(batch)
+                else:
+                    batch.job.result()
+        except RewardError as reward_error:
+            error = reward_error
+        # Every process must hear of it, or the others would wait for this one for ever.
+        errors = [message for message in gather_object([None if error is None else str(error)]) if message is not None]
+        if errors:
+            raise RewardError(errors[0]) from error
+        return batches, {"time/rollout": rollout_seconds, "time/reward": time.monotonic() - started}
+
+    def compute_rewards(
+        self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False
+    ) -> tuple[tuple, tuple]:
+        """Scores sampling batches, as DDPO's method of this name.
+
+        Args:
+            prompt_image_pairs: For each batch `[images, prompts, prompt_metadata]`.
+            is_async (`bool`): In threads (`config.max_workers`), one task for each batch.
+
+        Returns:
+            `tuple[tuple, tuple]`: The rewards `(B,)` and the reward metadata of each batch.
+        """
+
+        def compute(pair: Sequence[Any]) -> tuple[torch.Tensor, Any]:
+            return score(self.reward_fn, pair[0], pair[1], pair[2])
+
+        if is_async:
+            with ThreadPoolExecutor(max_workers=self.config.max_workers) as executor:
+                results = list(executor.map(compute, prompt_image_pairs))
+        else:
+            results = [compute(pair) for pair in prompt_image_pairs]
+        rewards, metadata = zip(*results, strict=True)
+        return rewards, metadata
+
+    def advantages(self, prompts: Sequence[str], rewards: torch.Tensor) -> torch.Tensor:
+        """Advantages `(N,)` of the samples of all processes, whitened by `per_prompt_stat_tracking` or `train_adv_type`, and clipped."""
+        if self.stat_tracker is not None:
+            advantages = self.stat_tracker.update(prompts, rewards)
+        elif self.config.train_adv_type == "group":
+            advantages = group_advantages(rewards, prompts)
+        else:
+            advantages = batch_advantages(rewards)
+        return clip_advantages(advantages, self.config.train_adv_clip_max)
+
+    def _score(self, batch: SampledBatch) -> None:
+        started = time.monotonic()
+        trajectory = batch.trajectory
+        batch.rewards, batch.reward_metadata = score(
+            self.reward_fn, trajectory.images.float(), tuple(trajectory.prompts), batch.metadata
+        )
+        batch.seconds = time.monotonic() - started
+
+    def _gather(self, batches: list[SampledBatch]) -> tuple[list[str], torch.Tensor]:
+        """Prompts and rewards of all processes, process after process."""
+        local = torch.cat([batch.rewards for batch in batches]).to(self.accelerator.device)
+        prompts = gather_object([prompt for batch in batches for prompt in batch.trajectory.prompts])
+        return prompts, self.accelerator.gather(local).cpu()
+
+    # ---------------------------------------------------------------- the update
+
+    def calculate_loss(self, transitions: Transitions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and metrics of one forward pass: the clipped policy gradient plus `kl_weight` times the KL to the pretrained model.
+
+        Departs from DDPO's method of this name in its argument: a record that the policy can replay instead of loose tensors, so that one
+        trainer serves every pipeline.
+        """
+        config = self.config
+        (replayed,) = self.prepared_policy(transitions.trajectory, transitions.samples, [transitions.step])
+        loss, metrics = OBJECTIVES[config.train_objective](
+            replayed.log_prob, transitions.old_log_prob, transitions.advantage, config.train_clip_range
+        )
+        if config.kl_weight > 0:
+            kl = self._kl(replayed, transitions.reference).mean()
+            loss = loss + config.kl_weight * kl
+            metrics["kl"] = kl.detach()
+        return loss, {"loss": loss.detach(), **metrics}
+
+    def loss(self, advantages: torch.Tensor, clip_range: float, ratio: torch.Tensor) -> torch.Tensor:
+        """DDPO's clipped surrogate of a ratio: `mean(max(-A r, -A clamp(r, 1 - clip_range, 1 + clip_range)))`, a scalar."""
+        clipped = torch.clamp(ratio, 1.0 - clip_range, 1.0 + clip_range)
+        return torch.maximum(-advantages * ratio, -advantages * clipped).mean()
+
+    def _kl(self, replayed: ReplayedStep, reference: Gaussian | torch.Tensor) -> torch.Tensor:
+        if self.config.kl_type == "gaussian":
+            return replayed.distribution.kl(reference, self.config.train_log_prob_reduction)
+        return noise_kl(replayed.model_output, reference, self.config.train_log_prob_reduction)
+
+    def _training_batches(self, batches: list[SampledBatch], advantages: torch.Tensor) -> list[TrainingBatch]:
+        size, training_size = self.config.sample_batch_size, self.config.train_batch_size
+        first = self.accelerator.process_index * size * len(batches)
+        cut = [
+            TrainingBatch(batch.trajectory, tuple(range(row, row + training_size)), advantages[start : start + size])
+            for batch, start in zip(batches, range(first, first + size * len(batches), size), strict=True)
+            for row in range(0, size, training_size)
+        ]
+        if not self._ratio_checked:
+            self._check_ratio(cut[0])
+        if self._reanchor:
+            self._anchor(cut)
+        return cut
+
+    def _updates(self, batches: list[TrainingBatch], epoch: int, inner_epoch: int) -> Iterator[list[Transitions]]:
+        """The optimizer steps of one pass: each a list of transitions, one forward and backward pass each.
+
+        Training batches are shuffled, and the timesteps of each of them; where they are split over several optimizer steps, those are
+        shuffled as well. The reference answers all the steps of a batch in one replay, and once only.
+        """
+        config = self.config
+        random = np.random.default_rng([config.seed, epoch, inner_epoch, self.accelerator.process_index])
+        order = random.permutation(len(batches))
+        accumulation = config.train_gradient_accumulation_steps
+        updates: list[list[tuple[TrainingBatch, int]]] = []
+        for start in range(0, len(batches), accumulation):
+            groups: list[list[tuple[TrainingBatch, int]]] = [[] for _ in range(self._updates_per_batch())]
+            for index in order[start : start + accumulation]:
+                for group, steps in zip(groups, self._choose_steps(batches[index], random), strict=True):
+                    group.extend((batches[index], int(step)) for step in steps)
+            updates.extend(group for group in groups if group)
+        for index in self._progress(random.permutation(len(updates)), "update"):
+            yield [batch.transitions(step) for batch, step in updates[index]]
+
+    def _choose_steps(self, batch: TrainingBatch, random: np.random.Generator) -> list[np.ndarray]:
+        """Random timesteps of a training batch in random order, split over its optimizer steps; their reference is made ready."""
+        actions = batch.trajectory.steps
+        count = int(len(actions) * self.config.train_timestep_fraction)
+        if count < 1:
+            raise ValueError(
+                f"train_timestep_fraction = {self.config.train_timestep_fraction} of the {len(actions)} stochastic steps selects none. "
+                f"Give at least {1 / len(actions):.3g}."
+            )
+        steps = random.permutation(actions)[:count]
+        missing = sorted({int(step) for step in steps} - set(batch.references))
+        if self.config.kl_weight > 0 and missing:
+            with torch.no_grad(), self.policy.reference():
+                answers = self.prepared_policy(batch.trajectory, batch.samples, missing)
+            exact = self.config.kl_type == "gaussian"
+            for step, answer in zip(missing, answers, strict=True):
+                batch.references[step] = answer.distribution if exact else answer.model_output
+        return np.array_split(steps, self._updates_per_batch())
+
+    def _update(self, update: list[Transitions]) -> dict[str, float]:
+        """One optimizer step; gradients are averaged over its forward passes and over the processes."""
+        values = defaultdict(list)
+        for index, transitions in enumerate(update):
+            last = index == len(update) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.prepared_policy):
+                loss, metrics = self.calculate_loss(transitions)
+                self.accelerator.backward(loss / len(update))
+            for name, value in metrics.items():
+                values[name].append(value)
+        grad_norm = self.accelerator.clip_grad_norm_(self.trainable_layers, self.config.train_max_grad_norm)
+        metrics = self._reduce(values)
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(
+                f"the loss is {metrics['loss']} at optimizer step {self.global_step}. The adapter was not updated, and the last checkpoint is whole. "
+                "Usual causes: fp16 overflow (use bf16), a learning rate too high, or a step of tiny std (raise sample_min_std)."
+            )
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:  # fp16 found an overflow and lowers its loss scale
+            self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        return {**metrics, "grad_norm": float(grad_norm), "learning_rate": self.lr_scheduler.get_last_lr()[0]}
+
+    def _reduce(self, values: dict[str, list[torch.Tensor]]) -> dict[str, float]:
+        """Means over forward passes and processes; of a `_max` the largest."""
+        means = torch.stack([torch.stack(column).mean() for column in values.values()])
+        largest = torch.stack([torch.stack(column).amax() for column in values.values()])
+        gathered = self.accelerator.gather(torch.stack([means, largest])[None]).cpu()  # one device sync an update
+        result = {}
+        for column, name in enumerate(values):
+            result[name] = (
+                gathered[:, 1, column].amax() if name.endswith("_max") else gathered[:, 0, column].mean()
+            ).item()
+        return result
+
+    # ---------------------------------------------------------------- the ratio
+
+    @torch.no_grad()
+    def _check_ratio(self, batch: TrainingBatch) -> None:
+        """Before the first update a replay must give the log-probabilities of the rollout: the ratio is exactly 1 then.
+
+        At another batch shape or under compilation kernels round differently; then old log-probabilities are taken from a replay at the
+        training shape (*re-anchored*), and that must reproduce itself.
+        """
+        rollout = batch.trajectory.log_probs[list(batch.samples)]
+        replay = self._replayed_log_probs(batch, verify=True)
+        deviation = self._largest((replay - rollout).abs())
+        rounding = LARGEST_ROUNDING
+        if self.config.train_log_prob_reduction == "sum":
+            rounding *= batch.trajectory.latents[0][0].numel()
+        if not deviation <= rounding:
+            raise RatioError(
+                _ratio_causes(
+                    deviation, rounding, "a replay of the first batch gives other log-probabilities than its rollout"
+                )
+            )
+        if self._reanchor is None:
+            self._reanchor = deviation > 0
+            if self._reanchor:
+                logger.info(
+                    "a replay at train_batch_size = %d differs from the rollout at sample_batch_size = %d by up to %.3g in log-probability: old "
+                    "log-probabilities are taken from a replay (about a quarter more network time; equal batch sizes avoid it)",
+                    self.config.train_batch_size,
+                    self.config.sample_batch_size,
+                    deviation,
+                )
+        if self._reanchor:
+            deviation = self._largest((self._replayed_log_probs(batch) - replay).abs())
+        if not deviation <= self.config.train_clip_range / 10:
+            what = (
+                "two replays of the same batch differ"
+                if self._reanchor
+                else "train_reanchor = False, and the replay differs from the rollout"
+            )
+            raise RatioError(_ratio_causes(deviation, self.config.train_clip_range / 10, what))
+        self._ratio_checked = True
+
+    @torch.no_grad()
+    def _anchor(self, batches: list[TrainingBatch]) -> None:
+        for batch in batches:
+            log_probs = batch.trajectory.log_probs.clone()
+            log_probs[list(batch.samples)] = self._replayed_log_probs(batch)
+            batch.trajectory = batch.trajectory.with_log_probs(log_probs)
+
+    def _replayed_log_probs(self, batch: TrainingBatch, verify: bool = False) -> torch.Tensor:
+        replayed = self.prepared_policy(batch.trajectory, batch.samples, batch.trajectory.steps, verify)
+        return torch.stack([step.log_prob for step in replayed], dim=1)
+
+    def _largest(self, deviations: torch.Tensor) -> float:
+        return self.accelerator.gather(deviations.amax()[None]).amax().item()
+
+    # ---------------------------------------------------------------- what a run leaves
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Writes the adapter (`pytorch_lora_weights.safetensors` with its metadata, for `pipe.load_lora_weights`), a model card and the config.
+
+        Args:
+            output_dir (`str` or `Path`, *optional*): Default: `output_dir` of the run.
+        """
+        folder = self.output_dir if output_dir is None else Path(output_dir)
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_lora(self.pipeline, dict(self.policy.denoisers), folder)
+            self._write_model_card(folder)
+        self.accelerator.wait_for_everyone()
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, repo_id: str | None = None, push_to_hub: bool = False
+    ) -> None:
+        """DDPO's name of [`~DPOKTrainer.save_model`]; with `push_to_hub`, [`~DPOKTrainer.push_to_hub`] follows."""
+        self.save_model(save_directory)
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name)
+
+    def push_to_hub(
+        self, repo_id: str | None = None, *, commit_message: str = "Upload DPOK adapter", private: bool | None = None
+    ) -> str | None:
+        """Saves the model under `output_dir/model` and uploads it.
+
+        Args:
+            repo_id (`str`, *optional*): Default: `config.hub_model_id`.
+            private (`bool`, *optional*): For a new repository. Default: `config.hub_private_repo`.
+
+        Returns:
+            `str`: The URL of the commit (`None` on other processes than the main one).
+
+        Raises:
+            `ValueError`: Without a `repo_id`.
+        """
+        repo_id = repo_id or self.config.hub_model_id
+        if not repo_id:
+            raise ValueError(
+                "push_to_hub needs a repository: trainer.push_to_hub('me/rabbit-lora'), or hub_model_id in the config."
+            )
+        folder = self.output_dir / "model"
+        self.save_model(folder)
+        if not self.accelerator.is_main_process:
+            return None
+        private = self.config.hub_private_repo if private is None else private
+        return push_folder(folder, repo_id, commit_message=commit_message, private=private)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes `README.md` into `output_dir`."""
+        if self.accelerator.is_main_process:
+            self._write_model_card(self.output_dir, model_name, dataset_name, tags)
+
+    def _write_model_card(
+        self,
+        folder: Path,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        write_model_card(
+            folder,
+            model_name=model_name or self.config.hub_model_id or Path(folder).resolve().name,
+            base_model=self.pipeline.config.get("_name_or_path"),
+            dataset_name=dataset_name,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            reward=reward_name(self.reward_fn),
+            config=self.config.to_dict(),
+            epochs=self.first_epoch,
+            updates=self.global_step,
+            metrics=self.last_metrics,
+        )
+
+    def _log_round(
+        self,
+        epoch: int,
+        global_step: int,
+        batches: list[SampledBatch],
+        rewards: torch.Tensor,
+        timings: dict[str, float],
+    ) -> None:
+        name = reward_name(self.reward_fn)
+        mean, std = rewards.mean().item(), rewards.std(correction=0).item()
+        metrics = {"epoch": epoch, "images": (epoch + 1) * len(rewards), "reward": mean, "reward_std": std}
+        metrics.update({f"rewards/{name}/mean": mean, f"rewards/{name}/std": std})
+        metrics[f"rewards/{name}/seconds"] = sum(batch.seconds for batch in batches)
+        self._log({**metrics, **timings}, global_step)
+        if not self.accelerator.is_main_process:
+            return
+        if self.config.sample_grid_freq and epoch % self.config.sample_grid_freq == 0:
+            first = batches[0]
+            grid = self.run_log.sample_grid(
+                first.trajectory.images, first.trajectory.prompts, first.rewards.tolist(), epoch
+            )
+            log_images_to(self.accelerator.trackers, "samples", [grid], [f"epoch {epoch}"], global_step)
+        if self.image_samples_callback is not None:
+            tracker = self.accelerator.trackers[0] if self.accelerator.trackers else self.run_log
+            data = [
+                [b.trajectory.images, tuple(b.trajectory.prompts), b.metadata, b.rewards, b.reward_metadata]
+                for b in batches
+            ]
+            self.image_samples_callback(data, global_step, tracker)
+
+    def _log(self, metrics: dict[str, float], global_step: int) -> None:
+        self.last_metrics.update(metrics)
+        self.accelerator.log(metrics, step=global_step)
+        if self.accelerator.is_main_process:
+            self.run_log.log(metrics, global_step)
+
+    # ---------------------------------------------------------------- small parts
+
+    def _call_kwargs(self) -> dict[str, Any]:
+        config = self.config
+        kwargs = {
+            "num_inference_steps": config.sample_num_steps,
+            "guidance_scale": config.sample_guidance_scale,
+            **config.sample_call_kwargs,
+        }
+        if config.negative_prompts:
+            kwargs["negative_prompt"] = config.negative_prompts
+        return kwargs
+
+    def _updates_per_batch(self) -> int:
+        if self.config.train_timesteps_per_update is None:
+            return 1
+        selected = int(self.config.sample_num_steps * self.config.train_timestep_fraction)
+        return math.ceil(selected / self.config.train_timesteps_per_update)
+
+    def _updates_per_pass(self) -> int:
+        config = self.config
+        samples = config.sample_batch_size * config.sample_num_batches_per_epoch
+        batches = samples // (config.train_batch_size * config.train_gradient_accumulation_steps)
+        return batches * self._updates_per_batch()
+
+    def _seeds(self, epoch: int, batch: int) -> list[int]:
+        entropy = [self.config.seed, epoch, self.accelerator.process_index, batch]
+        return np.random.default_rng(entropy).integers(2**63, size=self.config.sample_batch_size).tolist()
+
+    def _progress(self, items: Any, description: str) -> tqdm:
+        return tqdm(items, desc=description, leave=False, disable=not self.accelerator.is_local_main_process)
+
+
+def _has_adapter(pipe: DiffusionPipeline) -> bool:
+    return any(adapter_name(denoiser) is not None for denoiser in find_denoisers(pipe).values())
+
+
+def _ratio_causes(deviation: float, allowed: float, what: str) -> str:
+    return (
+        f"{what}: log-probabilities differ by up to {deviation:.3g}, allowed are {allowed:.3g}. The ratio must be 1 before the first update. Likely "
+        "causes: something random in the denoiser (dropout outside eval mode, a custom attention processor); kernels that are not "
+        "deterministic; a cache or hook that keeps a state between calls; a callback in sample_call_kwargs that changes the latents; a "
+        "train_clip_range below the rounding of this precision. `check_pipeline(pipe, ...)` shows which step differs."
+    )
