@@ -1,0 +1,151 @@
+"""`check_pipeline`: does a pipeline work as a policy? Rollout and replay on the user's own pipeline, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from dpok_trl.policy.lora import adapter_name, prepare_adapter
+from dpok_trl.policy.policy import Policy, UnsupportedPipelineError, find_denoisers
+from dpok_trl.policy.reentry import ReplayError
+from dpok_trl.policy.schedulers import UnsupportedSchedulerError
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One stochastic step of the check.
+
+    Args:
+        step_index (`int`): From 0, in generation order.
+        timestep (`float`): The scheduler's value.
+        std (`float`): Standard deviation of the step.
+        log_prob_error (`float`): Largest |log p(replay) - log p(rollout)| over the samples, mean-reduced; 0 is exact.
+        ratio (`float`): The ratio of the sample with that error, exp(log p(replay) - log p(rollout)).
+        gradient_norm (`float`): Of the log-probability with respect to the adapter.
+    """
+
+    step_index: int
+    timestep: float
+    std: float
+    log_prob_error: float
+    ratio: float
+    gradient_norm: float
+
+
+@dataclass(frozen=True)
+class PipelineReport:
+    """Result of [`check_pipeline`]; printing it gives a table.
+
+    Args:
+        ok (`bool`): Every stochastic step replays exactly and has a gradient.
+        reason (`str`): Why not; empty if `ok`.
+        pipeline (`str`): The pipeline's class.
+        scheduler (`str`): The scheduler's class.
+        steps (`list[StepReport]`)
+    """
+
+    ok: bool
+    reason: str
+    pipeline: str
+    scheduler: str
+    steps: list[StepReport] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.pipeline} with {self.scheduler}: " + ("ok" if self.ok else f"not usable. {self.reason}")]
+        if self.steps:
+            lines.append(f"{'step':>5} {'timestep':>9} {'std':>9} {'log-prob error':>15} {'ratio':>10} {'gradient norm':>14}")
+        lines += [
+            f"{s.step_index:>5} {s.timestep:>9.4g} {s.std:>9.4g} {s.log_prob_error:>15.3g} {s.ratio:>10.7g} {s.gradient_norm:>14.4g}"
+            for s in self.steps
+        ]
+        return "\n".join(lines)
+
+
+def check_pipeline(
+    pipe: DiffusionPipeline,
+    *,
+    prompts: tuple[str, ...] = ("a photo of a cat", "a red circle"),
+    kind: str = "auto",
+    eta: float = 1.0,
+    noise_level: float = 0.7,
+    **call_kwargs: Any,
+) -> PipelineReport:
+    """Rolls `pipe` out and replays every stochastic step of it.
+
+    A pipeline without an adapter gets one for the time of the check. The pipeline is left as it was.
+
+    Args:
+        pipe (`DiffusionPipeline`)
+        prompts (`tuple[str, ...]`): A batch of at least two shows more than one.
+        kind, eta, noise_level: See [`Policy`].
+        call_kwargs: Arguments of the pipeline's call, as in training: `num_inference_steps`, `guidance_scale`, `height` ...
+
+    Returns:
+        [`PipelineReport`]: With `ok=False` and a `reason` for what cannot be a policy; other errors (a wrong call argument, say) are raised.
+    """
+    names = (type(pipe).__name__, type(pipe.scheduler).__name__)
+    try:
+        with _some_adapter(pipe):
+            policy = Policy(pipe, call_kwargs=call_kwargs, kind=kind, eta=eta, noise_level=noise_level)
+            steps = _check_steps(policy, prompts)
+    except (UnsupportedPipelineError, UnsupportedSchedulerError, ReplayError) as error:
+        return PipelineReport(False, str(error), *names)
+    for step in steps:
+        if step.log_prob_error != 0.0:
+            reason = (
+                f"step {step.step_index} replays with another log-probability (off by {step.log_prob_error:.3g}): something in the pipeline is "
+                "random, not deterministic, or keeps a state between calls."
+            )
+            return PipelineReport(False, reason, *names, steps)
+        if not step.gradient_norm > 0:
+            return PipelineReport(False, f"step {step.step_index} gives the adapter no gradient.", *names, steps)
+    return PipelineReport(True, "", *names, steps)
+
+
+def _check_steps(policy: Policy, prompts: tuple[str, ...]) -> list[StepReport]:
+    trajectory = policy.rollout(prompts, seeds=list(range(len(prompts))))
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    steps = []
+    for column, step_index in enumerate(trajectory.steps):
+        (replayed,) = policy(trajectory, steps=[step_index], verify=True)
+        difference = replayed.log_prob.detach() - trajectory.log_probs[:, column]
+        worst = difference[difference.abs().argmax()].item()
+        gradients = torch.autograd.grad(replayed.log_prob.sum(), trainable, allow_unused=True)
+        norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
+        steps.append(
+            StepReport(
+                step_index=step_index,
+                timestep=trajectory.recording.grid.timesteps[step_index].item(),
+                std=replayed.distribution.std[0].item(),
+                log_prob_error=abs(worst),
+                ratio=torch.tensor(worst).exp().item(),
+                gradient_norm=torch.stack(norms).norm().item() if norms else 0.0,
+            )
+        )
+    return steps
+
+
+@contextmanager
+def _some_adapter(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Adds an adapter where there is none, and afterwards restores adapters, `requires_grad`, dtypes and train mode."""
+    denoisers = find_denoisers(pipe)
+    added = {name: module for name, module in denoisers.items() if adapter_name(module) is None}
+    before = {p: (p.requires_grad, p.dtype) for module in denoisers.values() for p in module.parameters()}
+    training = {module: module.training for denoiser in denoisers.values() for module in denoiser.modules()}
+    try:
+        for module in denoisers.values():
+            prepare_adapter(module, None)
+        yield
+    finally:
+        for module in added.values():
+            module.unload_lora()
+        for parameter, (requires_grad, dtype) in before.items():
+            parameter.requires_grad_(requires_grad)
+            parameter.data = parameter.data.to(dtype)
+        for module, mode in training.items():
+            module.training = mode
