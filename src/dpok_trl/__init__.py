@@ -19,6 +19,10 @@ _MODULE_OF = {
     "DPOKSchedulerOutput": "dpok_trl.policy.schedulers",
     "scheduler_step": "dpok_trl.policy.schedulers",
     "Policy": "dpok_trl.policy.policy",
+    "UnsupportedPipelineError": "dpok_trl.policy.policy",
+    "UnsupportedSchedulerError": "dpok_trl.policy.schedulers",
+    "ReplayError": "dpok_trl.policy.reentry",
+    "RatioError": "dpok_trl.training.trainer",
     "PipelineReport": "dpok_trl.policy.check",
     "check_pipeline": "dpok_trl.policy.check",
     "Gaussian": "dpok_trl.core.gaussian",
@@ -38,6 +42,10 @@ __all__ = [
     "check_pipeline",
     "Gaussian",
     "RewardError",
+    "RatioError",
+    "ReplayError",
+    "UnsupportedPipelineError",
+    "UnsupportedSchedulerError",
     "__version__",
 ]
 
@@ -45,11 +53,12 @@ if TYPE_CHECKING:
     from dpok_trl.core.gaussian import Gaussian
     from dpok_trl.policy.check import PipelineReport, check_pipeline
     from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline, DPOKPipelineOutput
-    from dpok_trl.policy.policy import Policy
-    from dpok_trl.policy.schedulers import DPOKSchedulerOutput, scheduler_step
+    from dpok_trl.policy.policy import Policy, UnsupportedPipelineError
+    from dpok_trl.policy.reentry import ReplayError
+    from dpok_trl.policy.schedulers import DPOKSchedulerOutput, UnsupportedSchedulerError, scheduler_step
     from dpok_trl.rewards.base import RewardError
     from dpok_trl.training.config import DPOKConfig
-    from dpok_trl.training.trainer import DPOKTrainer
+    from dpok_trl.training.trainer import DPOKTrainer, RatioError
 
 
 def __getattr__(name: str) -> Any:

@@ -58,7 +58,9 @@ class PipelineReport:
     def __str__(self) -> str:
         lines = [f"{self.pipeline} with {self.scheduler}: " + ("ok" if self.ok else f"not usable. {self.reason}")]
         if self.steps:
-            lines.append(f"{'step':>5} {'timestep':>9} {'std':>9} {'log-prob error':>15} {'ratio':>10} {'gradient norm':>14}")
+            lines.append(
+                f"{'step':>5} {'timestep':>9} {'std':>9} {'log-prob error':>15} {'ratio':>10} {'gradient norm':>14}"
+            )
         lines += [
             f"{s.step_index:>5} {s.timestep:>9.4g} {s.std:>9.4g} {s.log_prob_error:>15.3g} {s.ratio:>10.7g} {s.gradient_norm:>14.4g}"
             for s in self.steps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -66,9 +68,10 @@ class Policy(nn.Module):
             if adapter_name(module) is None:
                 raise UnsupportedPipelineError(
                     f"`{name}` of {type(pipe).__name__} has no active LoRA adapter, so there is nothing to train and no reference to "
-                    "compare with. Add one with `prepare_adapter(module, LoraConfig(...))` first."
+                    f"compare with. Add one first: `pipe.{name}.add_adapter(LoraConfig(...))`."
                 )
         self.call_kwargs = dict(call_kwargs or {})
+        refuse_unknown_arguments(pipe, self.call_kwargs)
         self.kind, self.eta, self.noise_level, self.min_std = kind, eta, noise_level, min_std
         self.log_prob_reduction: Reduction = log_prob_reduction
         encode_prompt = getattr(pipe, "encode_prompt", None)
@@ -228,6 +231,20 @@ def find_denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return denoisers
 
 
+def refuse_unknown_arguments(pipe: DiffusionPipeline, call_kwargs: dict[str, Any]) -> None:
+    """Raises `ValueError` for arguments that the pipeline's call does not name; many calls end in `**kwargs` and would drop them."""
+    named = [
+        name for name, p in inspect.signature(type(pipe).__call__).parameters.items() if p.kind is not p.VAR_KEYWORD
+    ]
+    for name in call_kwargs:
+        if name not in named:
+            close = difflib.get_close_matches(name, named, n=1)
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            raise ValueError(
+                f"the call of {type(pipe).__name__} takes no '{name}'.{hint} It takes: {', '.join(named[1:])}."
+            )
+
+
 def refuse_caches(pipe: DiffusionPipeline) -> None:
     """Raises [`UnsupportedPipelineError`] where a cache hook would reuse one step's activations in another: a replay skips steps."""
     for name, module in find_denoisers(pipe).items():
@@ -236,6 +253,7 @@ def refuse_caches(pipe: DiffusionPipeline) -> None:
             stateful = [] if registry is None else [h for h in registry.hooks.values() if h._is_stateful]
             if stateful:
                 raise UnsupportedPipelineError(
-                    f"`{name}` has the cache hook {type(stateful[0]).__name__}, which carries activations from step to step; a step of such a "
-                    f"policy depends on more than its latents and cannot be replayed alone. Call `pipe.{name}.disable_cache()` first."
+                    f"`{name}` has the cache hook {type(stateful[0]).__name__}, which carries activations from step to "
+                    "step; a step of such a policy depends on more than its latents and cannot be replayed alone. Take the hook out first "
+                    "(`disable_cache()`)."
                 )
