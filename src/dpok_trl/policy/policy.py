@@ -83,10 +83,6 @@ class Policy(nn.Module):
         transformers take another path in train mode). Gradient checkpointing works in eval mode."""
         return self
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.denoisers.parameters()).device
-
     # ---------------------------------------------------------------- rollout
 
     @torch.no_grad()
@@ -109,7 +105,8 @@ class Policy(nn.Module):
         if len(prompts) != len(seeds) or len(prompts) == 0:
             raise ValueError(f"one seed for each prompt is needed: got {len(prompts)} prompts and {len(seeds)} seeds")
         refuse_caches(self.pipe)
-        generators = self._generators(seeds)
+        device = self.pipe._execution_device  # walks through all modules: asked for once, not in every replay
+        generators = _generators(seeds, device)
         recorder = Recorder(self._read_grid, generators, self.log_prob_reduction, self.memo)
         output = call_pipeline(
             self.pipe,
@@ -117,6 +114,7 @@ class Policy(nn.Module):
             {**self._call_kwargs(prompts, generators), "output_type": "pt", "return_dict": False},
         )
         recording = recorder.recording
+        recording.device = device
         if not recording.latents:
             raise UnsupportedPipelineError(f"{type(self.pipe).__name__} never called `scheduler.step`")
         steps = tuple(sorted(recording.log_probs))
@@ -166,7 +164,7 @@ class Policy(nn.Module):
         if samples is not None and tuple(samples) == tuple(range(len(trajectory))):
             samples = None
         replayer = Replayer(trajectory.recording, samples, steps, self.log_prob_reduction, self.memo, verify)
-        generators = self._generators([trajectory.seeds[row] for row in rows])
+        generators = _generators([trajectory.seeds[row] for row in rows], trajectory.recording.device)
         prompts = [trajectory.prompts[row] for row in rows]
         call_pipeline(
             self.pipe,
@@ -185,10 +183,6 @@ class Policy(nn.Module):
             yield
 
     # ---------------------------------------------------------------- internals
-
-    def _generators(self, seeds: Sequence[int]) -> list[torch.Generator]:
-        device = self.pipe._execution_device
-        return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def _call_kwargs(self, prompts: Sequence[str], generators: list[torch.Generator]) -> dict[str, Any]:
         kwargs = dict(self.call_kwargs)
@@ -210,6 +204,10 @@ class Policy(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generator]:
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
 def find_denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:

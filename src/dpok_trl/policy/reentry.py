@@ -125,6 +125,7 @@ class Recording:
     Opaque to everybody but this module and the policy.
     """
 
+    device: torch.device | None = None  # where the generators draw
     grid: SchedulerGrid | None = None
     transition: Transition | None = None
     templates: list[list[Any]] = field(default_factory=list)  # per step, per denoiser call
