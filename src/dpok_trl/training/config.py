@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -284,7 +286,7 @@ class DPOKConfig:
             "train_adam_weight_decay",
             "kl_weight",
         ):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # NaN neither
                 raise ValueError(f"{name} = {getattr(self, name)}, but it must not be negative.")
         for name in (
             "sample_noise_level",
@@ -305,7 +307,7 @@ class DPOKConfig:
         if int(self.sample_num_steps * self.train_timestep_fraction) < 1:
             raise ValueError(
                 f"train_timestep_fraction = {self.train_timestep_fraction} of sample_num_steps = {self.sample_num_steps} selects no step. "
-                f"Give at least {1 / self.sample_num_steps:.3g}."
+                f"Give at least {smallest_fraction(self.sample_num_steps)}."
             )
         if self.train_timesteps_per_update is not None and self.train_timesteps_per_update < 1:
             raise ValueError(
@@ -321,6 +323,14 @@ class DPOKConfig:
         if self.per_prompt_stat_tracking and self.train_adv_type != "batch":
             raise ValueError(
                 f"per_prompt_stat_tracking = True and train_adv_type = '{self.train_adv_type}' both say how to whiten rewards; choose one."
+            )
+        if self.per_prompt_stat_tracking and (
+            self.per_prompt_stat_tracking_min_count > self.per_prompt_stat_tracking_buffer_size
+        ):
+            raise ValueError(
+                f"per_prompt_stat_tracking_min_count = {self.per_prompt_stat_tracking_min_count} is larger than "
+                f"per_prompt_stat_tracking_buffer_size = {self.per_prompt_stat_tracking_buffer_size}: no prompt would ever have enough rewards for "
+                "statistics of its own. Lower the first or raise the second."
             )
         if self.train_adv_type == "group" and self.sample_num_images_per_prompt < 2:
             raise ValueError(
@@ -366,13 +376,20 @@ class DPOKConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A flat dict; keys of nested dicts are joined by "/"."""
-        flat: dict[str, Any] = {}
-        for name, value in asdict(self).items():
-            if isinstance(value, dict):
-                flat.update({f"{name}/{key}": inner for key, inner in value.items()})
-            else:
-                flat[name] = value
-        return flat
+        return dict(_flat(asdict(self)))
+
+
+def smallest_fraction(steps: int) -> float:
+    """The smallest `train_timestep_fraction` of three decimals that selects one of `steps` steps."""
+    return math.ceil(1000 / steps) / 1000
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _as_dict(name: str, value: Any) -> dict[str, Any]:

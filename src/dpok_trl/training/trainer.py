@@ -33,7 +33,7 @@ from dpok_trl.results.hub import push_folder, write_model_card
 from dpok_trl.results.runlog import RunLog, log_images_to
 from dpok_trl.rewards.base import RewardError, reward_name, score
 from dpok_trl.training.checkpoint import Checkpoints
-from dpok_trl.training.config import DPOKConfig
+from dpok_trl.training.config import DPOKConfig, smallest_fraction
 from dpok_trl.training.setup import make_accelerator, make_optimizer, settle_output_dir
 
 
@@ -388,7 +388,7 @@ class DPOKTrainer:
         if count < 1:
             raise ValueError(
                 f"train_timestep_fraction = {self.config.train_timestep_fraction} of the {len(actions)} stochastic steps selects none. "
-                f"Give at least {1 / len(actions):.3g}."
+                f"Give at least {smallest_fraction(len(actions))}."
             )
         steps = random.permutation(actions)[:count]
         missing = sorted({int(step) for step in steps} - set(batch.references))
