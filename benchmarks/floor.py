@@ -29,7 +29,9 @@ def larger_pipeline() -> StableDiffusionPipeline:
     config = {**pipe.unet.config, "block_out_channels": (64, 128), "sample_size": 16, "norm_num_groups": 16}
     unet = UNet2DConditionModel.from_config(config).eval()
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    return StableDiffusionPipeline(**{**pipe.components, "unet": unet, "scheduler": scheduler}, requires_safety_checker=False)
+    return StableDiffusionPipeline(
+        **{**pipe.components, "unet": unet, "scheduler": scheduler}, requires_safety_checker=False
+    )
 
 
 def make_trainer(pipe: StableDiffusionPipeline, batch: int, guidance: float, steps: int, folder: str) -> DPOKTrainer:
@@ -121,7 +123,7 @@ def compare(title: str, pipe: StableDiffusionPipeline, batch: int, guidance: flo
 
 
 def _sampled(trajectory):
-    from dpok_trl.training.trainer import SampledBatch
+    from dpok_trl.training.batches import SampledBatch
 
     return SampledBatch(trajectory, (None,) * len(trajectory))
 

@@ -22,7 +22,7 @@ _MODULE_OF = {
     "UnsupportedPipelineError": "dpok_trl.policy.policy",
     "UnsupportedSchedulerError": "dpok_trl.policy.schedulers",
     "ReplayError": "dpok_trl.policy.reentry",
-    "RatioError": "dpok_trl.training.trainer",
+    "RatioError": "dpok_trl.training.ratio",
     "PipelineReport": "dpok_trl.policy.check",
     "check_pipeline": "dpok_trl.policy.check",
     "Gaussian": "dpok_trl.core.gaussian",
@@ -58,7 +58,8 @@ if TYPE_CHECKING:
     from dpok_trl.policy.schedulers import DPOKSchedulerOutput, UnsupportedSchedulerError, scheduler_step
     from dpok_trl.rewards.base import RewardError
     from dpok_trl.training.config import DPOKConfig
-    from dpok_trl.training.trainer import DPOKTrainer, RatioError
+    from dpok_trl.training.ratio import RatioError
+    from dpok_trl.training.trainer import DPOKTrainer
 
 
 def __getattr__(name: str) -> Any:

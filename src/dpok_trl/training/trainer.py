@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from tqdm.auto import tqdm
 from dpok_trl.core.advantages import PerPromptStatTracker, batch_advantages, clip_advantages, group_advantages
 from dpok_trl.core.gaussian import Gaussian
 from dpok_trl.core.objectives import OBJECTIVES, noise_kl
-from dpok_trl.core.trajectory import Trajectory, Transitions
+from dpok_trl.core.trajectory import Transitions
 from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline, load_pipeline
 from dpok_trl.policy.lora import adapter_name, default_lora_config, prepare_adapter, save_lora
 from dpok_trl.policy.policy import Policy, find_denoisers
@@ -32,45 +30,11 @@ from dpok_trl.prompts import prompt_source
 from dpok_trl.results.hub import push_folder, write_model_card
 from dpok_trl.results.runlog import RunLog, log_images_to
 from dpok_trl.rewards.base import RewardError, reward_name, score
+from dpok_trl.training.batches import SampledBatch, TrainingBatch, Update, cut_batches, plan_updates
 from dpok_trl.training.checkpoint import Checkpoints
-from dpok_trl.training.config import DPOKConfig, smallest_fraction
+from dpok_trl.training.config import DPOKConfig
+from dpok_trl.training.ratio import anchor, check_ratio
 from dpok_trl.training.setup import make_accelerator, make_optimizer, settle_output_dir
-
-
-logger = logging.getLogger(__name__)
-
-# A replay that is off by more than this (mean log-probability per dimension, any precision) walks another path than the rollout;
-# rounding in bf16 at another batch shape stays below 1e-2.
-LARGEST_ROUNDING = 0.05
-
-
-class RatioError(RuntimeError):
-    """The policy's ratio is not 1 before the first update: training would start on wrong gradients."""
-
-
-@dataclass
-class SampledBatch:
-    """One sampling batch of this process: its trajectory, what the user handed over with the prompts, and the rewards."""
-
-    trajectory: Trajectory
-    metadata: tuple[Any, ...]
-    job: Future | None = None
-    rewards: torch.Tensor | None = None  # (B,) float32 on the CPU
-    reward_metadata: Any = None
-    seconds: float = 0.0
-
-
-@dataclass
-class TrainingBatch:
-    """`train_batch_size` samples of one trajectory, with the reference's answer at the steps that were needed so far."""
-
-    trajectory: Trajectory
-    samples: tuple[int, ...]
-    advantages: torch.Tensor  # (B,) for all samples of the trajectory
-    references: dict[int, Gaussian | torch.Tensor] = field(default_factory=dict)
-
-    def transitions(self, step: int) -> Transitions:
-        return self.trajectory.transitions(self.samples, step, self.advantages, self.references.get(step))
 
 
 class DPOKTrainer:
@@ -165,7 +129,7 @@ class DPOKTrainer:
         self.seconds = 0.0  # of training, over all resumed parts
         self.last_metrics: dict[str, float] = {}
         self._ratio_checked = False
-        self._reanchor = config.train_reanchor
+        self._reanchor = False
         self.run_log = RunLog(self.output_dir)
         self.checkpoints = Checkpoints(self)
         self.accelerator.init_trackers(
@@ -187,7 +151,7 @@ class DPOKTrainer:
         Raises:
             `ValueError`: If the output folder holds another run, or there is nothing to resume from.
             [`RewardError`]: On every process, if the reward fails on one.
-            [`RatioError`]: If the ratio is not 1 before the first update.
+            [`~dpok_trl.RatioError`]: If the ratio is not 1 before the first update.
             `FloatingPointError`: If the loss becomes NaN or infinite.
         """
         resume = resume_from_checkpoint or self.config.resume_from
@@ -348,57 +312,53 @@ class DPOKTrainer:
         return noise_kl(replayed.model_output, reference, self.config.train_log_prob_reduction)
 
     def _training_batches(self, batches: list[SampledBatch], advantages: torch.Tensor) -> list[TrainingBatch]:
-        size, training_size = self.config.sample_batch_size, self.config.train_batch_size
-        first = self.accelerator.process_index * size * len(batches)
-        cut = [
-            TrainingBatch(batch.trajectory, tuple(range(row, row + training_size)), advantages[start : start + size])
-            for batch, start in zip(batches, range(first, first + size * len(batches), size), strict=True)
-            for row in range(0, size, training_size)
-        ]
+        """This process's training batches, with old log-probabilities that a replay reproduces."""
+        config = self.config
+        count = sum(len(batch.trajectory) for batch in batches)
+        first = self.accelerator.process_index * count
+        cut = cut_batches(batches, advantages[first : first + count], config.train_batch_size)
         if not self._ratio_checked:
-            self._check_ratio(cut[0])
+            self._reanchor = check_ratio(
+                self.prepared_policy,
+                cut[0],
+                reanchor=config.train_reanchor,
+                clip_range=config.train_clip_range,
+                reduction=config.train_log_prob_reduction,
+                largest=lambda deviations: self.accelerator.gather(deviations.amax()[None]).amax().item(),
+            )
+            self._ratio_checked = True
         if self._reanchor:
-            self._anchor(cut)
+            anchor(self.prepared_policy, cut)
         return cut
 
     def _updates(self, batches: list[TrainingBatch], epoch: int, inner_epoch: int) -> Iterator[list[Transitions]]:
-        """The optimizer steps of one pass: each a list of transitions, one forward and backward pass each.
-
-        Training batches are shuffled, and the timesteps of each of them; where they are split over several optimizer steps, those are
-        shuffled as well. The reference answers all the steps of a batch in one replay, and once only.
-        """
+        """The optimizer steps of one pass, each a list of transitions: one forward and backward pass each."""
         config = self.config
-        random = np.random.default_rng([config.seed, epoch, inner_epoch, self.accelerator.process_index])
-        order = random.permutation(len(batches))
-        accumulation = config.train_gradient_accumulation_steps
-        updates: list[list[tuple[TrainingBatch, int]]] = []
-        for start in range(0, len(batches), accumulation):
-            groups: list[list[tuple[TrainingBatch, int]]] = [[] for _ in range(self._updates_per_batch())]
-            for index in order[start : start + accumulation]:
-                for group, steps in zip(groups, self._choose_steps(batches[index], random), strict=True):
-                    group.extend((batches[index], int(step)) for step in steps)
-            updates.extend(group for group in groups if group)
-        for index in self._progress(random.permutation(len(updates)), "update"):
-            yield [batch.transitions(step) for batch, step in updates[index]]
+        plan = plan_updates(
+            batches,
+            timestep_fraction=config.train_timestep_fraction,
+            accumulation=config.train_gradient_accumulation_steps,
+            updates_per_batch=self._updates_per_batch(),
+            random=np.random.default_rng([config.seed, epoch, inner_epoch, self.accelerator.process_index]),
+        )
+        if config.kl_weight > 0:
+            self._ask_reference(plan)
+        for update in self._progress(plan, "update"):
+            yield [batch.transitions(step) for batch, step in update]
 
-    def _choose_steps(self, batch: TrainingBatch, random: np.random.Generator) -> list[np.ndarray]:
-        """Random timesteps of a training batch in random order, split over its optimizer steps; their reference is made ready."""
-        actions = batch.trajectory.steps
-        count = int(len(actions) * self.config.train_timestep_fraction)
-        if count < 1:
-            raise ValueError(
-                f"train_timestep_fraction = {self.config.train_timestep_fraction} of the {len(actions)} stochastic steps selects none. "
-                f"Give at least {smallest_fraction(len(actions))}."
-            )
-        steps = random.permutation(actions)[:count]
-        missing = sorted({int(step) for step in steps} - set(batch.references))
-        if self.config.kl_weight > 0 and missing:
-            with torch.no_grad(), self.policy.reference():
-                answers = self.prepared_policy(batch.trajectory, batch.samples, missing)
-            exact = self.config.kl_type == "gaussian"
-            for step, answer in zip(missing, answers, strict=True):
-                batch.references[step] = answer.distribution if exact else answer.model_output
-        return np.array_split(steps, self._updates_per_batch())
+    @torch.no_grad()
+    def _ask_reference(self, plan: list[Update]) -> None:
+        """The pretrained model's answer at every planned transition: once for each, all steps of a batch in one replay."""
+        wanted: dict[int, tuple[TrainingBatch, set[int]]] = {}
+        for batch, step in (pair for update in plan for pair in update):
+            if step not in batch.references:
+                wanted.setdefault(id(batch), (batch, set()))[1].add(step)
+        exact = self.config.kl_type == "gaussian"
+        with self.policy.reference():
+            for batch, steps in wanted.values():
+                answers = self.prepared_policy(batch.trajectory, batch.samples, sorted(steps))
+                for step, answer in zip(sorted(steps), answers, strict=True):
+                    batch.references[step] = answer.distribution if exact else answer.model_output
 
     def _update(self, update: list[Transitions]) -> dict[str, float]:
         """One optimizer step; gradients are averaged over its forward passes and over the processes."""
@@ -434,62 +394,6 @@ class DPOKTrainer:
                 gathered[:, 1, column].amax() if name.endswith("_max") else gathered[:, 0, column].mean()
             ).item()
         return result
-
-    # ---------------------------------------------------------------- the ratio
-
-    @torch.no_grad()
-    def _check_ratio(self, batch: TrainingBatch) -> None:
-        """Before the first update a replay must give the log-probabilities of the rollout: the ratio is exactly 1 then.
-
-        At another batch shape or under compilation kernels round differently; then old log-probabilities are taken from a replay at the
-        training shape (*re-anchored*), and that must reproduce itself.
-        """
-        rollout = batch.trajectory.log_probs[list(batch.samples)]
-        replay = self._replayed_log_probs(batch, verify=True)
-        deviation = self._largest((replay - rollout).abs())
-        rounding = LARGEST_ROUNDING
-        if self.config.train_log_prob_reduction == "sum":
-            rounding *= batch.trajectory.latents[0][0].numel()
-        if not deviation <= rounding:
-            raise RatioError(
-                _ratio_causes(
-                    deviation, rounding, "a replay of the first batch gives other log-probabilities than its rollout"
-                )
-            )
-        if self._reanchor is None:
-            self._reanchor = deviation > 0
-            if self._reanchor:
-                logger.info(
-                    "a replay at train_batch_size = %d differs from the rollout at sample_batch_size = %d by up to %.3g in log-probability: old "
-                    "log-probabilities are taken from a replay (about a quarter more network time; equal batch sizes avoid it)",
-                    self.config.train_batch_size,
-                    self.config.sample_batch_size,
-                    deviation,
-                )
-        if self._reanchor:
-            deviation = self._largest((self._replayed_log_probs(batch) - replay).abs())
-        if not deviation <= self.config.train_clip_range / 10:
-            what = (
-                "two replays of the same batch differ"
-                if self._reanchor
-                else "train_reanchor = False, and the replay differs from the rollout"
-            )
-            raise RatioError(_ratio_causes(deviation, self.config.train_clip_range / 10, what))
-        self._ratio_checked = True
-
-    @torch.no_grad()
-    def _anchor(self, batches: list[TrainingBatch]) -> None:
-        for batch in batches:
-            log_probs = batch.trajectory.log_probs.clone()
-            log_probs[list(batch.samples)] = self._replayed_log_probs(batch)
-            batch.trajectory = batch.trajectory.with_log_probs(log_probs)
-
-    def _replayed_log_probs(self, batch: TrainingBatch, verify: bool = False) -> torch.Tensor:
-        replayed = self.prepared_policy(batch.trajectory, batch.samples, batch.trajectory.steps, verify)
-        return torch.stack([step.log_prob for step in replayed], dim=1)
-
-    def _largest(self, deviations: torch.Tensor) -> float:
-        return self.accelerator.gather(deviations.amax()[None]).amax().item()
 
     # ---------------------------------------------------------------- what a run leaves
 
@@ -639,12 +543,3 @@ class DPOKTrainer:
 
 def _has_adapter(pipe: DiffusionPipeline) -> bool:
     return any(adapter_name(denoiser) is not None for denoiser in find_denoisers(pipe).values())
-
-
-def _ratio_causes(deviation: float, allowed: float, what: str) -> str:
-    return (
-        f"{what}: log-probabilities differ by up to {deviation:.3g}, allowed are {allowed:.3g}. The ratio must be 1 before the first update. Likely "
-        "causes: something random in the denoiser (dropout outside eval mode, a custom attention processor); kernels that are not "
-        "deterministic; a cache or hook that keeps a state between calls; a callback in sample_call_kwargs that changes the latents; a "
-        "train_clip_range below the rounding of this precision. `check_pipeline(pipe, ...)` shows which step differs."
-    )

@@ -1,0 +1,90 @@
+"""From scored rollouts to optimizer steps: which transitions are trained on, together, and in which order."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpok_trl.core.gaussian import Gaussian
+from dpok_trl.core.trajectory import Trajectory, Transitions
+from dpok_trl.training.config import smallest_fraction
+
+
+@dataclass
+class SampledBatch:
+    """One sampling batch of this process: its trajectory, what the user handed over with the prompts, and the rewards."""
+
+    trajectory: Trajectory
+    metadata: tuple[Any, ...]
+    job: Future | None = None  # of async rewards
+    rewards: torch.Tensor | None = None  # (B,) float32 on the CPU
+    reward_metadata: Any = None
+    seconds: float = 0.0  # spent in the reward function
+
+
+@dataclass
+class TrainingBatch:
+    """`train_batch_size` samples of one trajectory, with the reference's answer at the steps that were needed so far."""
+
+    trajectory: Trajectory
+    samples: tuple[int, ...]
+    advantages: torch.Tensor  # (B,) for all samples of the trajectory
+    references: dict[int, Gaussian | torch.Tensor] = field(default_factory=dict)
+
+    def transitions(self, step: int) -> Transitions:
+        return self.trajectory.transitions(self.samples, step, self.advantages, self.references.get(step))
+
+
+# An optimizer step: one forward and backward pass for each training batch and denoising step in it.
+Update = list[tuple[TrainingBatch, int]]
+
+
+def cut_batches(batches: list[SampledBatch], advantages: torch.Tensor, size: int) -> list[TrainingBatch]:
+    """Cuts sampling batches into training batches of `size` samples; `advantages` has an entry for each sample of `batches`."""
+    per_batch = advantages.split([len(batch.trajectory) for batch in batches])
+    return [
+        TrainingBatch(batch.trajectory, tuple(range(row, row + size)), advantages_of_batch)
+        for batch, advantages_of_batch in zip(batches, per_batch, strict=True)
+        for row in range(0, len(batch.trajectory), size)
+    ]
+
+
+def plan_updates(
+    batches: list[TrainingBatch],
+    *,
+    timestep_fraction: float,
+    accumulation: int,
+    updates_per_batch: int,
+    random: np.random.Generator,
+) -> list[Update]:
+    """The optimizer steps of one pass over the training batches.
+
+    Training batches are shuffled and taken `accumulation` at a time. Of each, `timestep_fraction` of the stochastic steps is drawn, in
+    random order, and split over `updates_per_batch` optimizer steps (one: all in one, as in DDPO). The optimizer steps are shuffled too.
+
+    Raises:
+        `ValueError`: If the fraction selects no step.
+    """
+    updates: list[Update] = []
+    order = random.permutation(len(batches))
+    for start in range(0, len(order), accumulation):
+        groups: list[Update] = [[] for _ in range(updates_per_batch)]
+        for index in order[start : start + accumulation]:
+            steps = _choose_steps(batches[index].trajectory.steps, timestep_fraction, random)
+            for group, part in zip(groups, np.array_split(steps, updates_per_batch), strict=True):
+                group.extend((batches[index], int(step)) for step in part)
+        updates.extend(group for group in groups if group)
+    return [updates[index] for index in random.permutation(len(updates))]
+
+
+def _choose_steps(actions: tuple[int, ...], fraction: float, random: np.random.Generator) -> np.ndarray:
+    count = int(len(actions) * fraction)
+    if count < 1:
+        raise ValueError(
+            f"train_timestep_fraction = {fraction} of the {len(actions)} stochastic steps selects none. Give at least {smallest_fraction(len(actions))}."
+        )
+    return random.permutation(actions)[:count]
