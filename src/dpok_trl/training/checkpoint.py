@@ -68,6 +68,7 @@ class Checkpoints:
             "global_step": trainer.global_step,
             "seconds": trainer.seconds,
             "num_processes": trainer.accelerator.num_processes,
+            "reanchor": trainer._reanchor,
             "prompts": trainer.prompts.state_dict(),
             "stat_tracker": None if trainer.stat_tracker is None else trainer.stat_tracker.state_dict(),
             "last_metrics": trainer.last_metrics,
@@ -106,6 +107,8 @@ class Checkpoints:
         trainer.global_step = state["global_step"]
         trainer.seconds = state["seconds"]
         trainer.last_metrics = state["last_metrics"]
+        if trainer.config.train_reanchor is None:
+            trainer._reanchor = state["reanchor"]  # decided on the run's first batch; another batch might decide otherwise
         trainer.prompts.load_state_dict(state["prompts"])
         if trainer.stat_tracker is not None and state["stat_tracker"] is not None:
             trainer.stat_tracker.load_state_dict(state["stat_tracker"])

@@ -129,7 +129,7 @@ class DPOKTrainer:
         self.seconds = 0.0  # of training, over all resumed parts
         self.last_metrics: dict[str, float] = {}
         self._ratio_checked = False
-        self._reanchor = False
+        self._reanchor = config.train_reanchor  # None: not decided yet
         self.run_log = RunLog(self.output_dir)
         self.checkpoints = Checkpoints(self)
         self.accelerator.init_trackers(
@@ -321,7 +321,7 @@ class DPOKTrainer:
             self._reanchor = check_ratio(
                 self.prepared_policy,
                 cut[0],
-                reanchor=config.train_reanchor,
+                reanchor=self._reanchor,
                 clip_range=config.train_clip_range,
                 reduction=config.train_log_prob_reduction,
                 largest=lambda deviations: self.accelerator.gather(deviations.amax()[None]).amax().item(),
