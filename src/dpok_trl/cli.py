@@ -1,0 +1,71 @@
+"""`dpok-trl`: the command line.
+
+A command is a module with `HELP` (one line), `add_arguments(parser)` and `run(args) -> int`. It imports torch and everything heavy inside
+`run`, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from dpok_trl import __version__
+
+
+COMMANDS = {"demo": "dpok_trl.demo.command"}
+
+USER_ERROR = 2  # argparse's own code for arguments it does not take
+INTERRUPTED = 130  # what a shell reports of a program that ended by Ctrl-C
+
+# Raised in words for something the user can mend; this package's own exception classes count as well.
+MENDABLE = (ValueError, OSError, ImportError, FloatingPointError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0, 2 for a user's error (one line on stderr), 130 after Ctrl-C.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): Default: `sys.argv[1:]`.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print(f"\ndpok-trl {args.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        ours = type(error).__module__.partition(".")[0] == "dpok_trl"
+        if args.debug or not (ours or isinstance(error, MENDABLE)):
+            raise
+        message = " ".join(str(error).split())
+        print(f"dpok-trl {args.command}: error: {message} (--debug shows where)", file=sys.stderr)
+        return USER_ERROR
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dpok-trl",
+        description="Reinforcement-learning fine-tuning of diffusers text-to-image pipelines, kept close to the pretrained model.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dpok-trl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, module_name in COMMANDS.items():
+        module = importlib.import_module(module_name)
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.HELP,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(run=module.run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

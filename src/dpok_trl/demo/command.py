@@ -1,0 +1,261 @@
+"""`dpok-trl demo`: tune the shipped pipeline on a CPU, compare it with the pretrained one, and leave a page to look at."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig
+
+    from dpok_trl.results.evaluation import Comparison
+    from dpok_trl.training.config import DPOKConfig
+    from dpok_trl.training.trainer import DPOKTrainer
+
+
+HELP = "tune the shipped 3-million-parameter Stable Diffusion on this computer, without a download (about two minutes on a CPU)"
+
+IMAGES_PER_EPOCH = 64
+STEPS = 10
+EPOCHS = 28
+MOST_THREADS = 8  # the network is so small that more threads wait for each other
+SAMPLING = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "eta": 1.0}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt",
+        default="a green triangle",
+        help="also: 'four circles', 'a red square and a blue circle', 'a circle above a square' ...",
+    )
+    parser.add_argument(
+        "--reward",
+        choices=["exact", "soft", "greenness"],
+        default="soft",
+        help="exact: 1 if the picture shows what was asked; soft: partial credit; greenness: any green will do, to see a reward hacked",
+    )
+    parser.add_argument(
+        "--kl-weight", type=_not_negative, default=0.02, help="weight of the KL to the pretrained model"
+    )
+    parser.add_argument("--epochs", type=_positive, default=EPOCHS, help=f"rounds of {IMAGES_PER_EPOCH} images")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training run")
+    parser.add_argument("--images", type=_positive, default=64, help="images of the comparison")
+    parser.add_argument("--output", type=Path, default=Path("dpok-demo"), help="folder for everything the run leaves")
+
+
+def run(args: argparse.Namespace) -> int:
+    started = time.monotonic()
+    from dpok_trl.demo.scenes import parse_prompt
+
+    parse_prompt(args.prompt)  # before anything is loaded
+    refuse_other_run(args.output)
+    with only_errors():
+        return _run(args, started)
+
+
+def _run(args: argparse.Namespace, started: float) -> int:
+    print("Loading ...", flush=True)
+    from dpok_trl.demo import load_demo_pipeline
+    from dpok_trl.demo.world import REWARDS
+    from dpok_trl.results.evaluation import compare
+    from dpok_trl.training.trainer import DPOKTrainer
+
+    threads = limit_threads()
+    config = demo_config(args.output, args.epochs, args.kl_weight, args.seed)
+    trainer = DPOKTrainer(
+        config, REWARDS[args.reward], [args.prompt], load_demo_pipeline(), peft_config=demo_lora_config()
+    )
+    size = sum(parameter.numel() for parameter in trainer.trainable_layers)
+    print(
+        f"Prompt “{args.prompt}”, reward {args.reward}: {args.epochs} epochs of {IMAGES_PER_EPOCH} images in {STEPS} steps, LoRA of {size:,} "
+        f"parameters, kl_weight {args.kl_weight:g}, {threads} CPU threads.",
+        flush=True,
+    )
+    trainer.train()
+    trained = time.monotonic() - started
+
+    print(f"\nComparing {args.images} images with those of the pretrained model ...", flush=True)
+    scorers = demo_scorers(args.reward)
+    comparison = compare(trainer.policy, [args.prompt], range(args.images), scorers, IMAGES_PER_EPOCH)
+    (args.output / "comparison.json").write_text(json.dumps(comparison.to_dict(), indent=1))
+    print(f"\n{comparison.table()}\n")
+
+    lora = args.output / "lora"
+    trainer.save_model(lora)
+    difference = reload_difference(trainer.pipeline, lora, args.prompt)
+    verdict = "the same pictures" if difference == 0 else "OTHER pictures"
+    print(
+        f"Loaded into a stock StableDiffusionPipeline, the LoRA draws {verdict}: largest difference of a pixel {difference}."
+    )
+    page = write_demo_report(args, trainer, comparison, difference, trained)
+    print(f"Report: {page}\nLoRA:   {lora}\nDone in {time.monotonic() - started:.0f} s.", flush=True)
+    return 0 if difference == 0 else 1
+
+
+def demo_config(output: Path, epochs: int, kl_weight: float, seed: int) -> DPOKConfig:
+    """The settings of the demo. Log-probabilities are summed over the 256 latent dimensions, so clip and KL are in nats."""
+    from dpok_trl.training.config import DPOKConfig
+
+    return DPOKConfig(
+        exp_name="dpok-demo",
+        output_dir=str(output),
+        seed=seed,
+        num_epochs=epochs,
+        save_freq=0,
+        sample_grid_freq=5,
+        sample_num_steps=STEPS,
+        sample_guidance_scale=1.0,
+        sample_batch_size=IMAGES_PER_EPOCH,
+        sample_num_batches_per_epoch=1,
+        per_prompt_stat_tracking=True,
+        per_prompt_stat_tracking_buffer_size=4 * IMAGES_PER_EPOCH,
+        train_batch_size=IMAGES_PER_EPOCH,
+        train_timesteps_per_update=2,
+        train_learning_rate=2e-3,
+        train_adam_beta2=0.99,
+        train_log_prob_reduction="sum",
+        train_clip_range=0.2,
+        kl_weight=kl_weight,
+    )
+
+
+def demo_lora_config() -> LoraConfig:
+    """Rank 8 on all linear maps and 1x1 convolutions of the transformer blocks, and on the time embeddings of the residual blocks."""
+    from peft import LoraConfig
+
+    attention = ["to_q", "to_k", "to_v", "to_out.0"]
+    others = ["proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"]
+    return LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=attention + others)
+
+
+def demo_scorers(reward: str) -> dict[str, Any]:
+    """What the comparison shows: whether the picture is right, how nearly, whether it is clean, and the trained reward."""
+    from dpok_trl.demo.world import exact_reward, fidelity, greenness_reward, soft_reward
+
+    def fidelity_scores(images: torch.Tensor, prompts: tuple[str, ...], metadata: Any) -> list[float]:
+        return [fidelity(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+
+    scorers = {"exact": exact_reward, "soft": soft_reward, "fidelity": fidelity_scores}
+    if reward == "greenness":
+        scorers["greenness"] = greenness_reward
+    return scorers
+
+
+def reload_difference(tuned: StableDiffusionPipeline, lora: Path, prompt: str, images: int = 8) -> float:
+    """The largest difference of a pixel value (in [0, 1]) between the tuned pipeline and a stock one that loads the saved LoRA."""
+    import torch
+
+    from dpok_trl.demo import load_demo_pipeline
+
+    stock = load_demo_pipeline()
+    stock.load_lora_weights(str(lora))
+    pictures = []
+    for pipeline in (tuned, stock):
+        generators = [torch.Generator().manual_seed(seed) for seed in range(images)]
+        output = pipeline([prompt] * images, generator=generators, output_type="pt", **SAMPLING)
+        pictures.append(output.images)
+    return (pictures[0] - pictures[1]).abs().max().item()
+
+
+def write_demo_report(
+    args: argparse.Namespace, trainer: DPOKTrainer, comparison: Comparison, difference: float, trained: float
+) -> Path:
+    from dpok_trl.results.report import write_report
+
+    return write_report(
+        args.output,
+        f"DPOK on “{args.prompt}”",
+        comparison=comparison,
+        summary=(
+            f"A Stable Diffusion of three million parameters that draws coloured shapes, tuned by reinforcement learning on the reward "
+            f"“{args.reward}” for {args.epochs} epochs of {IMAGES_PER_EPOCH} images, with {args.kl_weight:g} times the KL to the pretrained model. "
+            f"Exact is 1 where a picture shows what was asked, all of it and nothing else; soft gives partial credit; fidelity says how much a "
+            f"picture looks like one of this world, whatever it shows."
+        ),
+        command=shlex.join(command_line(args)),
+        config=trainer.config.to_dict(),
+        facts={
+            "Time": f"{trained:.0f} s to load and train",
+            "Adapter": f"{sum(parameter.numel() for parameter in trainer.trainable_layers):,} parameters, LoRA of rank 8",
+            "Saved LoRA": f"in lora/; a stock StableDiffusionPipeline draws from it the same pictures (largest difference of a pixel: {difference})"
+            if difference == 0
+            else f"in lora/; a stock StableDiffusionPipeline draws other pictures from it (largest difference of a pixel: {difference})",
+        },
+        reduction=trainer.config.train_log_prob_reduction,
+    )
+
+
+def command_line(args: argparse.Namespace) -> list[str]:
+    """What to type for this run, all options spelled out."""
+    names = ("prompt", "reward", "kl_weight", "epochs", "seed", "images", "output")
+    options = [[f"--{name.replace('_', '-')}", str(getattr(args, name))] for name in names]
+    return ["dpok-trl", "demo", *(word for option in options for word in option)]
+
+
+def refuse_other_run(output: Path) -> None:
+    """Raises `FileExistsError` for a folder that holds anything: nothing of another run is overwritten or mixed into this one."""
+    if output.is_dir() and any(output.iterdir()):
+        what = "another run" if (output / "metrics.jsonl").exists() else "other files"
+        raise FileExistsError(f"{output} holds {what}. Give a new folder with --output, or remove that one.")
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output} is a file. Give a folder with --output.")
+
+
+def limit_threads() -> int:
+    """Sets the number of torch's threads to the cores this process may use, and returns it. OMP_NUM_THREADS, where set, holds."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        # torch counts the machine's cores; a container may be allowed fewer
+        torch.set_num_threads(min(torch.get_num_threads(), cpu_quota(), MOST_THREADS))
+    return torch.get_num_threads()
+
+
+def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that a container's quota (cgroup v2) allows, rounded up; as many as there are without a quota."""
+    cores = os.cpu_count() or 1
+    if not path.exists():
+        return cores
+    quota, period = path.read_text().split()
+    return cores if quota == "max" else max(1, math.ceil(int(quota) / int(period)))
+
+
+@contextmanager
+def only_errors() -> Iterator[None]:
+    """Without the libraries' notes: on torchvision, which nothing here needs, and on a LoRA that has no part for the text encoder."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    for library, _ in before:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, verbosity in before:
+            library.set_verbosity(verbosity)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not a number of at least 0")
+    return value
