@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-
-
-os.environ["TQDM_DISABLE"] = "1"
 
 import pytest
 import torch
