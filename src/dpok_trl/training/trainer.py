@@ -152,7 +152,7 @@ class DPOKTrainer:
             `ValueError`: If the output folder holds another run, or there is nothing to resume from.
             [`RewardError`]: On every process, if the reward fails on one.
             [`~dpok_trl.RatioError`]: If the ratio is not 1 before the first update.
-            `FloatingPointError`: If the loss becomes NaN or infinite.
+            `FloatingPointError`: If the loss or the gradient becomes NaN or infinite.
         """
         resume = resume_from_checkpoint or self.config.resume_from
         if resume:
@@ -192,7 +192,7 @@ class DPOKTrainer:
         for inner_epoch in range(self.config.train_num_inner_epochs):
             for update in self._updates(training_batches, epoch, inner_epoch):
                 metrics = self._update(update)
-                global_step += 1
+                self.global_step = global_step = global_step + 1
                 self._log({"epoch": epoch, "inner_epoch": inner_epoch, **metrics}, global_step)
         self._log({"epoch": epoch, "time/update": time.monotonic() - started}, global_step)
         return global_step
@@ -370,18 +370,25 @@ class DPOKTrainer:
                 self.accelerator.backward(loss / len(update))
             for name, value in metrics.items():
                 values[name].append(value)
-        grad_norm = self.accelerator.clip_grad_norm_(self.trainable_layers, self.config.train_max_grad_norm)
+        grad_norm = float(self.accelerator.clip_grad_norm_(self.trainable_layers, self.config.train_max_grad_norm))
         metrics = self._reduce(values)
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(
-                f"the loss is {metrics['loss']} at optimizer step {self.global_step}. The adapter was not updated, and the last checkpoint is whole. "
-                "Usual causes: fp16 overflow (use bf16), a learning rate too high, or a step of tiny std (raise sample_min_std)."
-            )
+        self._refuse_nonfinite("loss", metrics["loss"])
+        if self.accelerator.scaler is None:  # a loss scaler leaves out the step and goes on at a lower scale
+            self._refuse_nonfinite("norm of the gradient", grad_norm)
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:  # fp16 found an overflow and lowers its loss scale
             self.lr_scheduler.step()
         self.optimizer.zero_grad()
-        return {**metrics, "grad_norm": float(grad_norm), "learning_rate": self.lr_scheduler.get_last_lr()[0]}
+        return {**metrics, "grad_norm": grad_norm, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
+
+    def _refuse_nonfinite(self, what: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        self.optimizer.zero_grad()  # or a later update would take these gradients in
+        raise FloatingPointError(
+            f"the {what} is {value} in optimizer step {self.global_step + 1}. The adapter was not updated, and the last checkpoint is whole. Usual causes: "
+            "fp16 overflow (use bf16), a learning rate too high, or a step of tiny std (raise sample_min_std)."
+        )
 
     def _reduce(self, values: dict[str, list[torch.Tensor]]) -> dict[str, float]:
         """Means over forward passes and processes; of a `_max` the largest."""
