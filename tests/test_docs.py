@@ -1,0 +1,289 @@
+"""The documentation against the code: settings, metrics, names, links and examples."""
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import DiffusionPipeline
+from tiny import stable_diffusion
+
+import dpok_trl
+from dpok_trl import DPOKConfig, DPOKTrainer
+from dpok_trl.policy.schedulers import _NOT_MARKOV, _READERS
+from dpok_trl.results.runlog import read_metrics
+
+
+REPOSITORY = Path(__file__).parent.parent
+DOCS = REPOSITORY / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+# What TRL v0.23's DDPOConfig does not have; tests/training/test_config.py holds the others to it.
+NEW_FIELDS = {
+    "output_dir",
+    "sample_grid_freq",
+    "sample_num_images_per_prompt",
+    "sample_transition",
+    "sample_noise_level",
+    "sample_min_std",
+    "sample_call_kwargs",
+    "train_adv_type",
+    "train_lr_scheduler",
+    "train_lr_warmup_steps",
+    "train_timesteps_per_update",
+    "train_objective",
+    "train_log_prob_reduction",
+    "train_reanchor",
+    "train_gradient_checkpointing",
+    "train_lora_rank",
+    "train_lora_alpha",
+    "kl_weight",
+    "kl_type",
+    "hub_model_id",
+    "hub_private_repo",
+}
+OTHER_DEFAULT = {"mixed_precision", "tracker_project_name"}
+
+
+def text_of(name: str) -> str:
+    return (DOCS / f"{name}.md").read_text(encoding="utf-8")
+
+
+def tables(text: str, first_header: str) -> dict[str, list[str]]:
+    """The rows of all tables whose first column has this header: the name in the first cell -> the other cells."""
+    rows: dict[str, list[str]] = {}
+    inside = False
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
+        if not cells:
+            inside = False
+        elif cells[0] == first_header:
+            inside = True
+        elif inside and not set(cells[0]) <= {"-", ":"}:
+            name = cells[0].strip("`")
+            assert name not in rows, f"{name} is documented twice"
+            rows[name] = cells[1:]
+    return rows
+
+
+def section(text: str, heading: str) -> str:
+    return re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, re.S | re.M)[1]
+
+
+def code_blocks(text: str) -> list[tuple[bool, str]]:
+    """Each Python block: whether it is marked as one that runs, and its code."""
+    found = re.findall(r"(<!-- test: run -->\n)?^```python\n(.*?)^```", text, re.S | re.M)
+    return [(bool(mark), code) for mark, code in found]
+
+
+BLOCKS = [
+    pytest.param(runs, code, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, (runs, code) in enumerate(code_blocks(page.read_text(encoding="utf-8")))
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    """Accelerate keeps its state in singletons, and remembers mixed precision in the environment."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+    def forget():
+        AcceleratorState._reset_state(True)
+        PartialState._reset_state()
+        GradientState._reset_state()
+
+    forget()
+    yield
+    forget()
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+SETTINGS = tables(text_of("configuration"), "field")
+
+
+def test_every_setting_is_documented_and_in_the_order_of_the_source():
+    assert list(SETTINGS) == [field.name for field in dataclasses.fields(DPOKConfig)]
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(DPOKConfig), ids=lambda field: field.name)
+def test_type_default_and_origin_of_a_setting(field):
+    kind, default, origin, meaning = SETTINGS[field.name]
+    assert kind == " or ".join(f"`{name}`" for name in str(field.type).split(" | "))
+    if field.name == "exp_name":
+        assert default == "name of the script, without `.py`"
+    else:
+        expected = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        written = ast.literal_eval(default.strip("`"))
+        assert (written, type(written)) == (expected, type(expected))
+    known = "default" if field.name in OTHER_DEFAULT else "same"
+    assert origin == ("new" if field.name in NEW_FIELDS else known)
+    for choice in field.metadata.get("choices", ()):
+        assert choice is None or f"`{choice}`" in meaning
+
+
+def test_settings_named_anywhere_exist():
+    """A word in backticks that looks like a setting is one."""
+    names = {field.name for field in dataclasses.fields(DPOKConfig)}
+    for page in PAGES:
+        words = re.findall(r"`((?:sample|train|kl|hub|per_prompt)_\w+)(?==|`)", page.read_text(encoding="utf-8"))
+        assert set(words) <= names, page.name
+
+
+@pytest.mark.parametrize("page", ["how-it-works", "configuration"])
+def test_the_unit_of_the_clip_range(page):
+    # latents of 4 channels at an eighth of the image's size
+    for size, nats in ((512, "1.64"), (1024, "6.55")):
+        dimensions = 4 * (size // 8) ** 2
+        assert f"{1e-4 * dimensions:.2f}" == nats
+        assert str(dimensions) in text_of(page)
+        assert nats in text_of(page)
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def brightness(images, prompts, metadata):
+    return images.mean(dim=(1, 2, 3))
+
+
+def test_the_documented_metrics_are_those_of_a_run(tmp_path):
+    config = DPOKConfig(
+        output_dir=str(tmp_path),
+        num_epochs=1,
+        save_freq=0,
+        sample_grid_freq=0,
+        sample_num_steps=2,
+        sample_guidance_scale=1.0,
+        sample_num_batches_per_epoch=1,
+        sample_batch_size=2,
+        train_batch_size=2,
+        kl_weight=0.02,
+    )
+    DPOKTrainer(config, brightness, ["a cat"], stable_diffusion()).train()
+    lines = read_metrics(tmp_path)
+    written = {re.sub(r"^rewards/\w+/", "rewards/<name>/", name) for line in lines for name in line}
+    assert set(tables(text_of("metrics"), "metric")) == written
+    # The three kinds of lines that the page tells of, and the step they say.
+    assert [line["step"] for line in lines] == [0, 1, 1]
+    assert ["reward" in line for line in lines] == [True, False, False]
+    assert ["loss" in line for line in lines] == [False, True, False]
+    assert ["time/update" in line for line in lines] == [False, False, True]
+    # "0 on the first update of every epoch"
+    assert lines[1]["policy/ratio_mean"] == 1.0
+    assert [lines[1][f"policy/{name}"] for name in ("ratio_deviation_max", "clip_fraction", "approx_kl")] == [0, 0, 0]
+    assert lines[1]["kl"] == 0.0  # and of a run with a fresh adapter
+
+
+def test_renamed_metrics_of_ddpo_lead_to_documented_ones():
+    rows = tables(section(text_of("migrating-from-ddpo"), "Metrics"), "TRL v0.23")
+    documented = set(tables(text_of("metrics"), "metric"))
+    new_names = {name for cells in rows.values() for name in re.findall(r"^`([\w/]+)`$", cells[0])}
+    assert new_names == {"reward", "reward_std", "policy/approx_kl", "policy/clip_fraction"}
+    assert new_names <= documented
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_api_page_has_every_public_name():
+    shown = re.findall(r"^::: (dpok_trl[\w.]+)\.(\w+)$", text_of("api"), re.M)
+    assert {name: module for module, name in shown} == dpok_trl._MODULE_OF
+
+
+def test_the_schedulers_that_work_are_those_that_can_be_read():
+    table = re.search(r"^### Schedulers\n(.*?)^## ", text_of("how-it-works"), re.S | re.M)[1]
+    named = set(re.findall(r"`(\w+Scheduler)`", "\n".join(line for line in table.splitlines() if line[:1] == "|")))
+    parallel = {name for name in _READERS if "Parallel" in name}
+    assert named == set(_READERS) - parallel
+    assert {name.replace("Parallel", "") for name in parallel} == {"DDIMScheduler", "DDPMScheduler"}
+
+
+def test_the_refused_schedulers_are_named():
+    refused = section(text_of("how-it-works"), "What is refused")
+    for name in _NOT_MARKOV:
+        family = re.match(r"(?:FlowMatch)?(PNDM|IPNDM|LMS|Heun|KDPM2)", name)[1]
+        assert re.search(rf"\b{family}\b", refused), name
+
+
+def test_methods_of_the_trainer_exist():
+    rows = tables(section(text_of("migrating-from-ddpo"), "Trainer"), "TRL v0.23")
+    for old, (here, *_) in rows.items():
+        if here.startswith("gone"):
+            continue
+        for name in re.findall(r"`(\w+)\(", f"`{old}` {here}"):
+            assert callable(getattr(DPOKTrainer, name, None)), f"{old}: {here}"
+    gone = [
+        name for old, (here, *_) in rows.items() if here.startswith("gone") for name in re.findall(r"\b_?\w+", old)
+    ]
+    assert {"from_pretrained", "_config_check"} <= set(gone)
+    assert not [name for name in gone if hasattr(DPOKTrainer, name)]
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as Python-Markdown and GitHub both make them of plain headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_between_pages(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.is_file(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(linked.read_text(encoding="utf-8")), f"{page.name} links to {target}"
+
+
+def test_every_page_is_in_the_navigation():
+    config = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())
+    assert sorted(page for entry in config["nav"] for page in entry.values()) == [page.name for page in PAGES]
+    for file in [*config["extra_css"], *(Path(hook).name for hook in config["hooks"])]:
+        assert (DOCS / file).is_file()
+
+
+def test_files_named_in_the_docs_exist():
+    for page in PAGES:
+        for path in re.findall(r"`((?:benchmarks|examples|tests|src)/[\w./-]+)`", page.read_text(encoding="utf-8")):
+            assert (REPOSITORY / path).exists(), f"{page.name} names {path}"
+
+
+# --- examples ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("runs", "code"), BLOCKS)
+def test_example_compiles_and_imports_what_exists(runs, code):
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module == "dpok_trl":
+            assert {alias.name for alias in node.names} <= set(dpok_trl.__all__)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "DPOKConfig":
+            DPOKConfig(**{keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords})
+
+
+@pytest.mark.parametrize(("runs", "code"), [block for block in BLOCKS if block.values[0]])
+def test_complete_example_runs(runs, code, tmp_path, monkeypatch):
+    """As it stands in the page, but for its length: one epoch of two steps, on a tiny pipeline."""
+    short, changes = re.subn(r"\bnum_epochs=\d+", "num_epochs=1, sample_num_steps=2", code)
+    assert changes == 1
+    loaded = []
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda name: loaded.append(name) or stable_diffusion())
+    monkeypatch.chdir(tmp_path)
+    exec(compile(short, "example", "exec"), {"__name__": "example"})
+    assert loaded == ["stable-diffusion-v1-5/stable-diffusion-v1-5"]
+    assert (tmp_path / "bright-rabbit" / "model" / "pytorch_lora_weights.safetensors").is_file()
+    assert list((tmp_path / "bright-rabbit" / "samples").glob("*.png"))
+
+
+def test_an_example_is_complete():
+    assert any(block.values[0] for block in BLOCKS), "no block is marked <!-- test: run -->"
