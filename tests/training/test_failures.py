@@ -208,6 +208,15 @@ def test_a_folder_that_holds_another_run(make_trainer):
         make_trainer().train()
 
 
+def test_a_folder_that_holds_a_run_without_a_checkpoint(make_trainer, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(
+        ValueError, match=r"holds another run \(metrics.jsonl\). Choose another output_dir, or remove it"
+    ):
+        make_trainer().train()  # there is nothing to go on from
+
+
 def test_a_launcher_that_accelerate_does_not_see(make_trainer, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 
 from dpok_trl.policy.lora import LORA_FILE, load_lora_state_dict, save_lora
+from dpok_trl.results.runlog import METRICS_FILE
 
 
 if TYPE_CHECKING:
@@ -108,7 +109,9 @@ class Checkpoints:
         trainer.seconds = state["seconds"]
         trainer.last_metrics = state["last_metrics"]
         if trainer.config.train_reanchor is None:
-            trainer._reanchor = state["reanchor"]  # decided on the run's first batch; another batch might decide otherwise
+            trainer._reanchor = state[
+                "reanchor"
+            ]  # decided on the run's first batch; another batch might decide otherwise
         trainer.prompts.load_state_dict(state["prompts"])
         if trainer.stat_tracker is not None and state["stat_tracker"] is not None:
             trainer.stat_tracker.load_state_dict(state["stat_tracker"])
@@ -131,13 +134,13 @@ class Checkpoints:
 
     def refuse_other_run(self) -> None:
         """Raises `ValueError` if the output folder holds a run already: its metrics and checkpoints would be mixed with ours."""
-        found = [str(path.name) for path in self._all()] + [
-            p.name for p in (self.folder / "metrics.jsonl",) if p.exists()
-        ]
+        checkpoints = [path.name for path in self._all()]
+        found = checkpoints + [path.name for path in (self.folder / METRICS_FILE,) if path.exists()]
         if found:
+            resume = "go on with it by trainer.train(resume_from_checkpoint=True), " if checkpoints else ""
             raise ValueError(
                 f"output_dir = '{self.folder}' holds another run ({', '.join(found[:3])}{' ...' if len(found) > 3 else ''}). Choose another output_dir, "
-                "go on with it by trainer.train(resume_from_checkpoint=True), or remove it."
+                f"{resume}or remove it."
             )
 
     def _all(self) -> list[Path]:
