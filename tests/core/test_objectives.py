@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpok_trl.core.gaussian import Gaussian
-from dpok_trl.core.objectives import OBJECTIVES, noise_kl, policy_loss_dpok, policy_loss_ppo
+from dpok_trl.core.objectives import OBJECTIVES, dpok_loss, noise_kl, ppo_loss, probability_ratio, ratio_metrics
 
 
 # float32 against numbers by hand.
@@ -20,11 +20,17 @@ def log_ratios(*ratios):
     return old + torch.tensor(ratios, dtype=torch.float64).log(), old
 
 
+def evaluate(objective, log_prob, old_log_prob, advantage, clip_range):
+    """Loss and metrics, as the trainer puts them together."""
+    loss = objective(probability_ratio(log_prob, old_log_prob), advantage, clip_range)
+    return loss, ratio_metrics(log_prob, old_log_prob, clip_range)
+
+
 def gradient(objective, ratios, advantages):
     """The gradient of the loss with respect to each log_prob."""
     log_prob, old = log_ratios(*ratios)
     log_prob.requires_grad_()
-    loss, _ = objective(log_prob, old, torch.tensor(advantages, dtype=torch.float64), CLIP)
+    loss, _ = evaluate(objective, log_prob, old, torch.tensor(advantages, dtype=torch.float64), CLIP)
     return torch.autograd.grad(loss, log_prob)[0].tolist()
 
 
@@ -33,9 +39,9 @@ def test_losses_by_hand():
     ratios = [1.05, 1.15, 1.5, 0.5, 0.85]
     log_prob, old = log_ratios(*ratios)
     advantage = torch.tensor([2.0, 1.0, -1.0, 1.0, -1.0])
-    loss, metrics = policy_loss_dpok(log_prob.float(), old.float(), advantage, CLIP)
+    loss, metrics = evaluate(dpok_loss, log_prob.float(), old.float(), advantage, CLIP)
     assert loss.item() == pytest.approx((-2.1 - 1.1 + 1.1 - 0.9 + 0.9) / 5, abs=FLOAT32_TOLERANCE)
-    loss, _ = policy_loss_ppo(log_prob.float(), old.float(), advantage, CLIP)
+    loss, _ = evaluate(ppo_loss, log_prob.float(), old.float(), advantage, CLIP)
     assert loss.item() == pytest.approx((-2.1 - 1.1 + 1.5 - 0.5 + 0.9) / 5, abs=FLOAT32_TOLERANCE)
     squares = [math.log(ratio) ** 2 for ratio in ratios]
     expected = {
@@ -54,7 +60,7 @@ def test_losses_by_hand():
 def test_on_policy_ratio_is_exactly_one(objective):
     log_prob = torch.randn(64, generator=torch.Generator().manual_seed(0)) * 100
     advantage = torch.randn(64, generator=torch.Generator().manual_seed(1))
-    loss, metrics = objective(log_prob, log_prob.clone(), advantage, 1e-4)
+    loss, metrics = evaluate(objective, log_prob, log_prob.clone(), advantage, 1e-4)
     assert torch.equal(loss, -advantage.mean())
     assert metrics["policy/ratio_deviation_max"] == 0 and metrics["policy/clip_fraction"] == 0
     assert metrics["policy/ratio_mean"] == 1 and metrics["policy/approx_kl"] == 0
@@ -68,7 +74,7 @@ def test_on_policy_gradient_is_that_of_reinforce(objective):
     advantage = torch.randn(8, generator=generator)
     weight = torch.randn(3, 3, generator=generator, requires_grad=True)
     log_prob = Gaussian(states @ weight, torch.full((8,), 0.5)).log_prob(actions, "sum")
-    loss, _ = objective(log_prob, log_prob.detach(), advantage, 1e-4)
+    loss, _ = evaluate(objective, log_prob, log_prob.detach(), advantage, 1e-4)
     (actual,) = torch.autograd.grad(loss, weight, retain_graph=True)
     (expected,) = torch.autograd.grad(-(advantage * log_prob).mean(), weight)
     torch.testing.assert_close(actual, expected, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
@@ -81,21 +87,21 @@ def test_gradient_equals_finite_differences(objective):
     log_prob, old = log_ratios(0.5, 0.5, 0.95, 0.95, 1.05, 1.05, 1.5, 1.5)
     advantage = torch.tensor([1.0, -2.0] * 4, dtype=torch.float64)
     log_prob.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: objective(x, old, advantage, CLIP)[0], log_prob)
+    assert torch.autograd.gradcheck(lambda x: evaluate(objective, x, old, advantage, CLIP)[0], log_prob)
 
 
 def test_where_the_two_losses_differ():
     # Gradients by hand: d(-A r)/d(log p) = -A r, over the 4 rows.
     # Beyond the range in the direction of the advantage, both stop.
-    assert gradient(policy_loss_dpok, [1.5, 0.5], [1.0, -1.0]) == [0.0, 0.0]
-    assert gradient(policy_loss_ppo, [1.5, 0.5], [1.0, -1.0]) == [0.0, 0.0]
+    assert gradient(dpok_loss, [1.5, 0.5], [1.0, -1.0]) == [0.0, 0.0]
+    assert gradient(ppo_loss, [1.5, 0.5], [1.0, -1.0]) == [0.0, 0.0]
     # Beyond it against the advantage, PPO brings the ratio back, and the published DPOK does not.
-    assert gradient(policy_loss_dpok, [0.5, 1.5], [1.0, -1.0]) == [0.0, 0.0]
-    assert gradient(policy_loss_ppo, [0.5, 1.5], [1.0, -1.0]) == pytest.approx([-0.25, 0.75])
+    assert gradient(dpok_loss, [0.5, 1.5], [1.0, -1.0]) == [0.0, 0.0]
+    assert gradient(ppo_loss, [0.5, 1.5], [1.0, -1.0]) == pytest.approx([-0.25, 0.75])
     # Within it, they are one.
     inside = [-0.5 * 0.95 * 2.0, 0.5 * 1.05 * 3.0]
-    assert gradient(policy_loss_dpok, [0.95, 1.05], [2.0, -3.0]) == pytest.approx(inside)
-    assert gradient(policy_loss_ppo, [0.95, 1.05], [2.0, -3.0]) == pytest.approx(inside)
+    assert gradient(dpok_loss, [0.95, 1.05], [2.0, -3.0]) == pytest.approx(inside)
+    assert gradient(ppo_loss, [0.95, 1.05], [2.0, -3.0]) == pytest.approx(inside)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
@@ -103,7 +109,7 @@ def test_results_are_float32_and_old_log_prob_and_advantage_get_no_gradient(obje
     log_prob = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
     old = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     advantage = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    loss, metrics = objective(log_prob, old, advantage, CLIP)
+    loss, metrics = evaluate(objective, log_prob, old, advantage, CLIP)
     assert loss.dtype == torch.float32 and loss.shape == ()
     assert all(value.dtype == torch.float32 for value in metrics.values())
     loss.backward()
@@ -115,12 +121,12 @@ def test_shapes_are_never_broadcast(objective):
     column, row = torch.zeros(3, 1), torch.zeros(3)
     for arguments in [(row, row, column), (row, column, row), (column, row, row), (row, row, row[:1])]:
         with pytest.raises(ValueError, match="same shape"):
-            objective(*arguments, CLIP)
+            evaluate(objective, *arguments, CLIP)
     with pytest.raises(ValueError, match="same shape"):
-        objective(column, column, column, CLIP)
+        evaluate(objective, column, column, column, CLIP)
     for clip_range in (0.0, -1e-4, float("nan")):
         with pytest.raises(ValueError, match="clip_range must be > 0"):
-            objective(row, row, row, clip_range)
+            evaluate(objective, row, row, row, clip_range)
 
 
 def test_noise_kl_by_hand_and_its_gradient():

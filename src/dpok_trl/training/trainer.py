@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from dpok_trl.core.advantages import PerPromptStatTracker, batch_advantages, clip_advantages, group_advantages
 from dpok_trl.core.gaussian import Gaussian
-from dpok_trl.core.objectives import OBJECTIVES, noise_kl
+from dpok_trl.core.objectives import OBJECTIVES, noise_kl, probability_ratio, ratio_metrics
 from dpok_trl.core.trajectory import Transitions
 from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline, load_pipeline
 from dpok_trl.policy.lora import adapter_name, default_lora_config, prepare_adapter, save_lora
@@ -292,9 +292,9 @@ class DPOKTrainer:
         """
         config = self.config
         (replayed,) = self.prepared_policy(transitions.trajectory, transitions.samples, [transitions.step])
-        loss, metrics = OBJECTIVES[config.train_objective](
-            replayed.log_prob, transitions.old_log_prob, transitions.advantage, config.train_clip_range
-        )
+        ratio = probability_ratio(replayed.log_prob, transitions.old_log_prob)
+        loss = self.loss(transitions.advantage, config.train_clip_range, ratio)
+        metrics = ratio_metrics(replayed.log_prob, transitions.old_log_prob, config.train_clip_range)
         if config.kl_weight > 0:
             kl = self._kl(replayed, transitions.reference).mean()
             loss = loss + config.kl_weight * kl
@@ -302,9 +302,8 @@ class DPOKTrainer:
         return loss, {"loss": loss.detach(), **metrics}
 
     def loss(self, advantages: torch.Tensor, clip_range: float, ratio: torch.Tensor) -> torch.Tensor:
-        """DDPO's clipped surrogate of a ratio: `mean(max(-A r, -A clamp(r, 1 - clip_range, 1 + clip_range)))`, a scalar."""
-        clipped = torch.clamp(ratio, 1.0 - clip_range, 1.0 + clip_range)
-        return torch.maximum(-advantages * ratio, -advantages * clipped).mean()
+        """The policy's part of the loss, `config.train_objective`: a scalar from advantages and ratios of shape `(n,)`."""
+        return OBJECTIVES[self.config.train_objective](ratio, advantages, clip_range)
 
     def _kl(self, replayed: ReplayedStep, reference: Gaussian | torch.Tensor) -> torch.Tensor:
         if self.config.kl_type == "gaussian":
