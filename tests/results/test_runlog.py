@@ -56,14 +56,17 @@ def test_a_torn_line_in_the_middle_is_an_error_with_its_number(tmp_path, torn):
         read_metrics(tmp_path)
 
 
-def test_keep_until_drops_later_steps(tmp_path):
+def test_keep_epochs_drops_later_epochs(tmp_path):
     log = RunLog(tmp_path)
-    log.keep_until(5)  # nothing there yet
-    for step in (1, 2, 3):
-        log.log({"loss": math.nan}, step=step)
-    log.log({"reward": 0.5}, step=3)
-    log.keep_until(2)
-    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    log.keep_epochs(5)  # nothing there yet
+    for epoch in (0, 1, 2):
+        log.log({"reward": 0.5, "epoch": epoch}, step=2 * epoch)  # at the step at which the epoch before ended
+        log.log({"loss": math.nan, "epoch": epoch}, step=2 * epoch + 1)
+        log.log({"loss": math.nan, "epoch": epoch}, step=2 * epoch + 2)
+    log.keep_epochs(2)
+    assert [(line["epoch"], line["step"]) for line in read_metrics(tmp_path)] == [
+        (0, 0), (0, 1), (0, 2), (1, 2), (1, 3), (1, 4)
+    ]  # fmt: skip
     assert math.isnan(read_metrics(tmp_path)[1]["loss"])
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 

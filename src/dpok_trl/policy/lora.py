@@ -130,20 +130,29 @@ def save_lora(pipe: DiffusionPipeline, denoisers: dict[str, nn.Module], folder: 
 
     Without the metadata a loader cannot know `lora_alpha`, and an adapter with alpha != rank comes back at another strength.
     """
-    save = getattr(type(pipe), "save_lora_weights", None)
-    if save is None:
-        raise ValueError(
-            f"{type(pipe).__name__} has no `save_lora_weights`: diffusers cannot load a LoRA into this family, so none is written."
-        )
-    accepted = inspect.signature(save).parameters
+    refuse_unsaveable(pipe, list(denoisers))
     arguments: dict[str, Any] = {}
     for name, module in denoisers.items():
         arguments[f"{name}_lora_layers"] = {k: v.contiguous() for k, v in lora_state_dict(module).items()}
         arguments[f"{name}_lora_adapter_metadata"] = _metadata(module)
-    unknown = sorted(set(arguments) - set(accepted))
-    if unknown:
-        raise ValueError(f"{type(pipe).__name__}.save_lora_weights does not take {', '.join(unknown)}")
-    save(str(folder), **arguments)
+    type(pipe).save_lora_weights(str(folder), **arguments)
+
+
+def refuse_unsaveable(pipe: DiffusionPipeline, names: list[str]) -> None:
+    """Raises `ValueError` if diffusers has no LoRA file for this family: better before training than after."""
+    save = getattr(type(pipe), "save_lora_weights", None)
+    if save is None:
+        raise ValueError(
+            f"{type(pipe).__name__} has no `save_lora_weights`: diffusers cannot store a LoRA of this family."
+        )
+    accepted = inspect.signature(save).parameters
+    missing = [
+        name
+        for name in names
+        if f"{name}_lora_layers" not in accepted or f"{name}_lora_adapter_metadata" not in accepted
+    ]
+    if missing:
+        raise ValueError(f"{type(pipe).__name__}.save_lora_weights cannot store an adapter of {', '.join(missing)}.")
 
 
 def _metadata(module: nn.Module) -> dict[str, Any]:

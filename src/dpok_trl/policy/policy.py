@@ -21,6 +21,17 @@ from dpok_trl.policy.reentry import DENOISER_NAMES, Recorder, ReplayedStep, Repl
 from dpok_trl.policy.schedulers import SchedulerGrid, make_transition, read_grid
 
 
+# Arguments of a pipeline's call that would be overridden or have no effect.
+OWN_ARGUMENTS = {
+    "prompt": "prompts are given to the rollout",
+    "generator": "each sample has a generator of its own; give seeds to the rollout",
+    "num_images_per_prompt": "repeat the prompt instead",
+    "eta": "the noise of the steps is the policy's own `eta`",
+    "output_type": "images are always tensors",
+    "return_dict": "the output is taken apart by the policy",
+}
+
+
 class UnsupportedPipelineError(ValueError):
     """The pipeline cannot be a policy as it is; the message says why and what to do."""
 
@@ -230,7 +241,11 @@ def find_denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
 
 def refuse_unknown_arguments(pipe: DiffusionPipeline, call_kwargs: dict[str, Any]) -> None:
-    """Raises `ValueError` for arguments that the pipeline's call does not name; many calls end in `**kwargs` and would drop them."""
+    """Raises `ValueError` for arguments that the policy sets itself, or that the pipeline's call does not name: many calls end in `**kwargs`
+    and would drop them."""
+    for name in call_kwargs:
+        if name in OWN_ARGUMENTS:
+            raise ValueError(f"'{name}' cannot be an argument of the call: {OWN_ARGUMENTS[name]}.")
     named = [
         name for name, p in inspect.signature(type(pipe).__call__).parameters.items() if p.kind is not p.VAR_KEYWORD
     ]

@@ -28,7 +28,7 @@ pretrained model.
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{base_model}")
+pipe = DiffusionPipeline.from_pretrained("{load_from}")
 pipe.load_lora_weights("{model_name}")
 image = pipe("a prompt").images[0]
 ```
@@ -57,10 +57,15 @@ overlooks: look at the images before you use it.
 """
 
 
+# Paths of the machine, and arguments that may hold names, tokens or addresses: not for a public repository.
+PRIVATE_SETTINGS = ("output_dir", "logdir", "resume_from", "tracker_kwargs", "accelerator_kwargs", "project_kwargs")
+
+
 def write_model_card(
     folder: str | Path,
     *,
     model_name: str,
+    pipeline: str,
     base_model: str | None,
     reward: str,
     config: dict[str, Any],
@@ -75,19 +80,23 @@ def write_model_card(
     The licence is left out: it follows from the base model's and is the user's to state.
     """
     folder = Path(folder)
+    if base_model is not None and Path(base_model).exists():
+        base_model = None  # a folder on this machine: no Hub id, and nobody else's business
     shown = {"reward": "reward (last batch)", "kl": "KL per step (last batch)"}
     rows = [f"| {label} | {metrics[name]:.4g} |" for name, label in shown.items() if name in metrics]
     data = ModelCardData(
-        base_model=None if base_model is None or Path(base_model).exists() else base_model,  # a folder is no Hub id
+        base_model=base_model,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         datasets=dataset_name,
         tags=["text-to-image", "diffusers", "lora", "reinforcement-learning", *(tags or [])],
     )
-    settings = json.dumps(config, indent=2, default=str)
+    settings = {name: value for name, value in config.items() if name.split("/")[0] not in PRIVATE_SETTINGS}
+    settings = json.dumps(settings, indent=2, default=str)
     text = TEMPLATE.format(
         model_name=model_name,
-        base_model=base_model or "BASE_MODEL",
+        base_model=base_model or f"a local {pipeline}",
+        load_from=base_model or f"path/to/the/{pipeline}",
         reward=reward,
         epochs=epochs,
         updates=updates,

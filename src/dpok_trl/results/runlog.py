@@ -63,11 +63,12 @@ class RunLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def keep_until(self, step: int) -> None:
-        """Drops the lines of later steps, which a resumed run is about to write again. All or nothing, whenever it is interrupted."""
+    def keep_epochs(self, epochs: int) -> None:
+        """Keeps the lines of the first `epochs` epochs: a resumed run is about to write the later ones again. All or nothing, whenever it is
+        interrupted. By epoch and not by step, for an epoch's sampling is logged at the step at which the one before ended."""
         if not self.path.exists():
             return
-        kept = [json.dumps(line) + "\n" for line in read_metrics(self.folder) if line["step"] <= step]
+        kept = [json.dumps(line) + "\n" for line in read_metrics(self.folder) if line["epoch"] < epochs]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.path)

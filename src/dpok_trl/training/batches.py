@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,13 +59,14 @@ def plan_updates(
     *,
     timestep_fraction: float,
     accumulation: int,
-    updates_per_batch: int,
+    timesteps_per_update: int | None,
     random: np.random.Generator,
 ) -> list[Update]:
     """The optimizer steps of one pass over the training batches.
 
     Training batches are shuffled and taken `accumulation` at a time. Of each, `timestep_fraction` of the stochastic steps is drawn, in
-    random order, and split over `updates_per_batch` optimizer steps (one: all in one, as in DDPO). The optimizer steps are shuffled too.
+    random order, and split evenly over optimizer steps with at most `timesteps_per_update` each (`None`: all in one, as in DDPO). The
+    optimizer steps are shuffled too.
 
     Raises:
         `ValueError`: If the fraction selects no step.
@@ -72,12 +74,14 @@ def plan_updates(
     updates: list[Update] = []
     order = random.permutation(len(batches))
     for start in range(0, len(order), accumulation):
-        groups: list[Update] = [[] for _ in range(updates_per_batch)]
-        for index in order[start : start + accumulation]:
-            steps = _choose_steps(batches[index].trajectory.steps, timestep_fraction, random)
-            for group, part in zip(groups, np.array_split(steps, updates_per_batch), strict=True):
-                group.extend((batches[index], int(step)) for step in part)
-        updates.extend(group for group in groups if group)
+        chosen = [batches[index] for index in order[start : start + accumulation]]
+        steps = [_choose_steps(batch.trajectory.steps, timestep_fraction, random) for batch in chosen]
+        parts = math.ceil(len(steps[0]) / (timesteps_per_update or len(steps[0])))  # one grid, so the same for all
+        groups: list[Update] = [[] for _ in range(parts)]
+        for batch, steps_of_batch in zip(chosen, steps, strict=True):
+            for group, part in zip(groups, np.array_split(steps_of_batch, parts), strict=True):
+                group.extend((batch, int(step)) for step in part)
+        updates.extend(groups)
     return [updates[index] for index in random.permutation(len(updates))]
 
 

@@ -54,7 +54,7 @@ class Checkpoints:
         accelerator.save_state(str(unfinished))
         accelerator.wait_for_everyone()  # save_state ends without a barrier
         if accelerator.is_main_process:
-            (unfinished / STATE_FILE).write_text(json.dumps(self._state(unfinished), indent=2))
+            (unfinished / STATE_FILE).write_text(json.dumps(self._state(unfinished), indent=2, default=str))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(unfinished, final)
             for path in self._all()[: -self.limit]:
@@ -103,20 +103,30 @@ class Checkpoints:
                 f"its own noise, so the run would not go on as it was. Launch {state['num_processes']} processes, or start a new run from the "
                 "adapter (`pipe.load_lora_weights(checkpoint)`)."
             )
+        if checkpoint.parent.resolve() != self.folder.resolve():
+            self.refuse_other_run()
+        changed = changed_settings(state["config"], trainer.config.to_dict())
+        if changed:
+            logger.warning(
+                "settings differ from those of %s: %s. The optimizer and its learning-rate schedule go on as they were saved.",
+                checkpoint,
+                ", ".join(changed),
+            )
         trainer.accelerator.load_state(str(checkpoint))
+        trainer.accelerator.wait_for_everyone()  # the main process is about to rename what the others may still look at
         trainer.first_epoch = state["epoch"]
         trainer.global_step = state["global_step"]
         trainer.seconds = state["seconds"]
         trainer.last_metrics = state["last_metrics"]
         if trainer.config.train_reanchor is None:
-            trainer._reanchor = state[
-                "reanchor"
-            ]  # decided on the run's first batch; another batch might decide otherwise
+            # decided on the run's first batch; another batch might decide otherwise
+            trainer._reanchor = state["reanchor"]
         trainer.prompts.load_state_dict(state["prompts"])
         if trainer.stat_tracker is not None and state["stat_tracker"] is not None:
             trainer.stat_tracker.load_state_dict(state["stat_tracker"])
         if trainer.accelerator.is_main_process:
-            trainer.run_log.keep_until(trainer.global_step)
+            trainer.run_log.keep_epochs(trainer.first_epoch)
+            self._set_later_ones_aside()
             logger.info(
                 "resumed from %s: %d epochs, %d optimizer steps done", checkpoint, state["epoch"], state["global_step"]
             )
@@ -129,6 +139,15 @@ class Checkpoints:
                 module, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             )
         models.clear()
+
+    def _set_later_ones_aside(self) -> None:
+        """Checkpoints that come after the resumed one are another run's future: kept, but not resumed from or rotated again."""
+        for path in self._all():
+            if _step_of(path) > self.trainer.global_step:
+                aside = path.with_name(f"superseded-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+                logger.warning("%s is later than the checkpoint resumed from; renamed to %s", path, aside.name)
 
     # ---------------------------------------------------------------- the folder
 
@@ -145,6 +164,35 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         return _checkpoints_in(self.folder)
+
+
+# Settings that may change between the parts of a run without changing what it computes.
+FREE_SETTINGS = (
+    "exp_name",
+    "run_name",
+    "output_dir",
+    "logdir",
+    "num_epochs",
+    "save_freq",
+    "num_checkpoint_limit",
+    "resume_from",
+    "log_with",
+    "sample_grid_freq",
+    "tracker_project_name",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+)
+
+
+def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`name (saved -> now)` of the settings that differ, but for [`FREE_SETTINGS`] and tracker and project arguments."""
+    now = json.loads(json.dumps(now, default=str))
+    names = sorted(set(saved) | set(now))
+    relevant = [
+        n for n in names if n not in FREE_SETTINGS and not n.startswith(("tracker_kwargs/", "project_kwargs/"))
+    ]
+    return [f"{n} ({saved.get(n)} -> {now.get(n)})" for n in relevant if saved.get(n) != now.get(n)]
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -178,7 +226,7 @@ def what_is_missing(checkpoint: Path) -> str | None:
         return f"{STATE_FILE} is missing" if checkpoint.exists() else "it does not exist"
     try:
         files = json.loads(state_file.read_text())["files"]
-    except (json.JSONDecodeError, KeyError):
+    except (ValueError, KeyError, TypeError):  # no JSON, no text, or not an object with that key
         return f"{STATE_FILE} is cut off"
     for name, size in files.items():
         file = checkpoint / name

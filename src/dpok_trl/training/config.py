@@ -146,7 +146,7 @@ class DPOKConfig:
     train_adv_type: str = field(
         default="batch",
         metadata={
-            "help": "Baseline and scale of the advantage without per_prompt_stat_tracking: of the whole batch, or of the prompt's group.",
+            "help": "Baseline and scale of the advantage without per_prompt_stat_tracking: of all rewards of the epoch, or of those with the same prompt.",
             "choices": ["batch", "group"],
         },
     )
@@ -179,7 +179,7 @@ class DPOKConfig:
     train_timesteps_per_update: int | None = field(
         default=None,
         metadata={
-            "help": "Split the timesteps of a training batch over several optimizer steps, this many in each. None: all in one."
+            "help": "Split the timesteps of a training batch over several optimizer steps, at most this many in each. None: all in one."
         },
     )
     train_max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
@@ -304,6 +304,10 @@ class DPOKConfig:
             )
         if not 0 < self.train_timestep_fraction <= 1:
             raise ValueError(f"train_timestep_fraction = {self.train_timestep_fraction}, but it must be in (0, 1].")
+        if self.train_lora_alpha is not None and self.train_lora_alpha < 1:
+            raise ValueError(
+                f"train_lora_alpha = {self.train_lora_alpha}, but it must be at least 1, or None for the rank."
+            )
         if int(self.sample_num_steps * self.train_timestep_fraction) < 1:
             raise ValueError(
                 f"train_timestep_fraction = {self.train_timestep_fraction} of sample_num_steps = {self.sample_num_steps} selects no step. "
@@ -338,6 +342,8 @@ class DPOKConfig:
                 f"given: {self.sample_num_images_per_prompt}."
             )
         clash = {
+            "eta",
+            "return_dict",
             "prompt",
             "generator",
             "num_inference_steps",
@@ -346,6 +352,11 @@ class DPOKConfig:
             "output_type",
             "num_images_per_prompt",
         }
+        if "gradient_accumulation_steps" in self.accelerator_kwargs:
+            raise ValueError(
+                "accelerator_kwargs must not hold gradient_accumulation_steps, which would divide the loss once more: set "
+                "train_gradient_accumulation_steps."
+            )
         given = sorted(clash & set(self.sample_call_kwargs))
         if given:
             raise ValueError(

@@ -44,6 +44,14 @@ def make_accelerator(config: DPOKConfig) -> Accelerator:
         kwargs_handlers=handlers,
         **arguments,
     )
+    if (
+        accelerator.gradient_accumulation_steps != 1
+    ):  # from `accelerate launch` or its config file; it would divide the loss once more
+        logger.warning(
+            "gradient_accumulation_steps = %d of the launcher is not used: train_gradient_accumulation_steps counts training batches",
+            accelerator.gradient_accumulation_steps,
+        )
+        accelerator.gradient_accumulation_steps = 1
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise RuntimeError(

@@ -23,7 +23,7 @@ from dpok_trl.core.gaussian import Gaussian
 from dpok_trl.core.objectives import OBJECTIVES, noise_kl, probability_ratio, ratio_metrics
 from dpok_trl.core.trajectory import Transitions
 from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline, load_pipeline
-from dpok_trl.policy.lora import adapter_name, default_lora_config, prepare_adapter, save_lora
+from dpok_trl.policy.lora import adapter_name, default_lora_config, prepare_adapter, refuse_unsaveable, save_lora
 from dpok_trl.policy.policy import Policy, find_denoisers
 from dpok_trl.policy.reentry import ReplayedStep
 from dpok_trl.prompts import prompt_source
@@ -46,7 +46,7 @@ class DPOKTrainer:
             a tensor `(B, 3, H, W)` in [0, 1] on the device, prompts and metadata are tuples of length `B`, rewards are `B` finite numbers.
         prompt_function: A DDPO callable `() -> (prompt, metadata)`, a list of prompts, or a `datasets.Dataset` with a "prompt" column.
         sd_pipeline: Any diffusers text-to-image pipeline, a [`DefaultDPOKStableDiffusionPipeline`], a Hub id or a folder. It is used in place:
-            after training its denoiser holds the tuned adapter, and everything else is as it was.
+            after training its denoiser holds the tuned adapter; all other weights are as they were, and frozen.
         image_samples_hook (`Callable`, *optional*): `(prompt_image_data, global_step, tracker) -> None`, called on the main process after each
             round of sampling. `prompt_image_data` holds, for each sampling batch, `[images, prompts, metadata, rewards, reward_metadata]`;
             without a configured tracker, `tracker` writes `log_images` to the output folder.
@@ -69,6 +69,10 @@ class DPOKTrainer:
         *,
         peft_config: Any = None,
     ):
+        if not callable(reward_function):
+            raise ValueError(
+                f"reward_function must be a function of (images, prompts, metadata), given: {reward_function!r}. Rewards by name are not there yet."
+            )
         self.config = config
         self.reward_fn = reward_function
         self.image_samples_callback = image_samples_hook
@@ -91,7 +95,9 @@ class DPOKTrainer:
         for component in self.pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False)
-        for denoiser in find_denoisers(self.pipeline).values():
+        denoisers = find_denoisers(self.pipeline)
+        refuse_unsaveable(self.pipeline, list(denoisers))
+        for denoiser in denoisers.values():
             prepare_adapter(denoiser, peft_config)
             if config.train_gradient_checkpointing:
                 denoiser.enable_gradient_checkpointing()
@@ -130,7 +136,7 @@ class DPOKTrainer:
         self.last_metrics: dict[str, float] = {}
         self._ratio_checked = False
         self._reanchor = config.train_reanchor  # None: not decided yet
-        self.run_log = RunLog(self.output_dir)
+        self.run_log = RunLog(self.output_dir) if self.accelerator.is_main_process else None
         self.checkpoints = Checkpoints(self)
         self.accelerator.init_trackers(
             config.tracker_project_name,
@@ -154,7 +160,7 @@ class DPOKTrainer:
             [`~dpok_trl.RatioError`]: If the ratio is not 1 before the first update.
             `FloatingPointError`: If the loss or the gradient becomes NaN or infinite.
         """
-        resume = resume_from_checkpoint or self.config.resume_from
+        resume = resume_from_checkpoint or (self.config.resume_from if self.global_step == 0 else None)
         if resume:
             self.checkpoints.resume(self.output_dir if resume is True else Path(resume))
         elif self.global_step == 0:
@@ -176,7 +182,8 @@ class DPOKTrainer:
             progress.set_postfix({k: f"{v:.4g}" for k, v in self.last_metrics.items() if k in ("reward", "kl")})
             if epoch + 1 == last or (self.config.save_freq and (epoch + 1) % self.config.save_freq == 0):
                 self.checkpoints.save()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()  # not `end_training`: it ends the process group, which `save_model` and another `train` still need
         if self.config.push_to_hub:
             self.push_to_hub()
 
@@ -187,8 +194,8 @@ class DPOKTrainer:
         advantages = self.advantages(prompts, rewards)
         self._log_round(epoch, global_step, batches, rewards, sampling_metrics)
 
-        training_batches = self._training_batches(batches, advantages)
         started = time.monotonic()
+        training_batches = self._training_batches(batches, advantages)
         for inner_epoch in range(self.config.train_num_inner_epochs):
             for update in self._updates(training_batches, epoch, inner_epoch):
                 metrics = self._update(update)
@@ -271,9 +278,8 @@ class DPOKTrainer:
     def _score(self, batch: SampledBatch) -> None:
         started = time.monotonic()
         trajectory = batch.trajectory
-        batch.rewards, batch.reward_metadata = score(
-            self.reward_fn, trajectory.images.float(), tuple(trajectory.prompts), batch.metadata
-        )
+        pair = (trajectory.images.float(), tuple(trajectory.prompts), batch.metadata)
+        (batch.rewards,), (batch.reward_metadata,) = self.compute_rewards([pair])
         batch.seconds = time.monotonic() - started
 
     def _gather(self, batches: list[SampledBatch]) -> tuple[list[str], torch.Tensor]:
@@ -337,7 +343,7 @@ class DPOKTrainer:
             batches,
             timestep_fraction=config.train_timestep_fraction,
             accumulation=config.train_gradient_accumulation_steps,
-            updates_per_batch=self._updates_per_batch(),
+            timesteps_per_update=config.train_timesteps_per_update,
             random=np.random.default_rng([config.seed, epoch, inner_epoch, self.accelerator.process_index]),
         )
         if config.kl_weight > 0:
@@ -411,9 +417,7 @@ class DPOKTrainer:
         """
         folder = self.output_dir if output_dir is None else Path(output_dir)
         if self.accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_lora(self.pipeline, dict(self.policy.denoisers), folder)
-            self._write_model_card(folder)
+            self._write_model(folder)
         self.accelerator.wait_for_everyone()
 
     def save_pretrained(
@@ -425,13 +429,20 @@ class DPOKTrainer:
             self.push_to_hub(repo_id or Path(save_directory).name)
 
     def push_to_hub(
-        self, repo_id: str | None = None, *, commit_message: str = "Upload DPOK adapter", private: bool | None = None
+        self,
+        repo_id: str | None = None,
+        *,
+        commit_message: str = "Upload DPOK adapter",
+        private: bool | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
     ) -> str | None:
         """Saves the model under `output_dir/model` and uploads it.
 
         Args:
             repo_id (`str`, *optional*): Default: `config.hub_model_id`.
             private (`bool`, *optional*): For a new repository. Default: `config.hub_private_repo`.
+            dataset_name, tags (*optional*): For the model card.
 
         Returns:
             `str`: The URL of the commit (`None` on other processes than the main one).
@@ -444,19 +455,27 @@ class DPOKTrainer:
             raise ValueError(
                 "push_to_hub needs a repository: trainer.push_to_hub('me/rabbit-lora'), or hub_model_id in the config."
             )
-        folder = self.output_dir / "model"
-        self.save_model(folder)
         if not self.accelerator.is_main_process:
             return None
+        folder = self.output_dir / "model"
+        self._write_model(folder, repo_id, dataset_name, tags)
         private = self.config.hub_private_repo if private is None else private
         return push_folder(folder, repo_id, commit_message=commit_message, private=private)
 
     def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
     ) -> None:
-        """Writes `README.md` into `output_dir`."""
+        """Writes `README.md` and `dpok_config.json` into `output_dir`."""
         if self.accelerator.is_main_process:
             self._write_model_card(self.output_dir, model_name, dataset_name, tags)
+
+    def _write_model(self, folder: Path, *card: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_lora(self.pipeline, dict(self.policy.denoisers), folder)
+        self._write_model_card(folder, *card)
 
     def _write_model_card(
         self,
@@ -467,7 +486,8 @@ class DPOKTrainer:
     ) -> None:
         write_model_card(
             folder,
-            model_name=model_name or self.config.hub_model_id or Path(folder).resolve().name,
+            model_name=model_name or self.config.hub_model_id or folder.resolve().name,
+            pipeline=type(self.pipeline).__name__,
             base_model=self.pipeline.config.get("_name_or_path"),
             dataset_name=dataset_name,
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
@@ -527,17 +547,14 @@ class DPOKTrainer:
             kwargs["negative_prompt"] = config.negative_prompts
         return kwargs
 
-    def _updates_per_batch(self) -> int:
-        if self.config.train_timesteps_per_update is None:
-            return 1
-        selected = int(self.config.sample_num_steps * self.config.train_timestep_fraction)
-        return math.ceil(selected / self.config.train_timesteps_per_update)
-
     def _updates_per_pass(self) -> int:
+        """Optimizer steps of a pass, for the length of the learning-rate schedule; as if every step of the grid were stochastic, since the
+        grid is known only once the pipeline has run."""
         config = self.config
         samples = config.sample_batch_size * config.sample_num_batches_per_epoch
         batches = samples // (config.train_batch_size * config.train_gradient_accumulation_steps)
-        return batches * self._updates_per_batch()
+        steps = int(config.sample_num_steps * config.train_timestep_fraction)
+        return batches * math.ceil(steps / (config.train_timesteps_per_update or steps))
 
     def _seeds(self, epoch: int, batch: int) -> list[int]:
         entropy = [self.config.seed, epoch, self.accelerator.process_index, batch]
