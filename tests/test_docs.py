@@ -114,7 +114,7 @@ def test_every_setting_is_documented_and_in_the_order_of_the_source():
 @pytest.mark.parametrize("field", dataclasses.fields(DPOKConfig), ids=lambda field: field.name)
 def test_type_default_and_origin_of_a_setting(field):
     kind, default, origin, meaning = SETTINGS[field.name]
-    assert kind == " or ".join(f"`{name}`" for name in str(field.type).split(" | "))
+    assert kind == " or ".join(f"`{name}`" for name in DPOKConfig.__annotations__[field.name].split(" | "))
     if field.name == "exp_name":
         assert default == "name of the script, without `.py`"
     else:

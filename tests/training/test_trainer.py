@@ -343,8 +343,11 @@ def test_loss_is_ddpos(make_trainer):
     loss = make_trainer().loss(torch.tensor([-1.0]), 0.0001, torch.tensor([1.0]))
     assert loss.item() == 1.0  # as TRL's own test has it
     ratio = torch.tensor([0.5, 2.0, 0.5, 2.0])
-    loss = make_trainer().loss(torch.tensor([1.0, 1.0, -1.0, -1.0]), 0.1, ratio)
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    loss = make_trainer(train_objective="ppo").loss(advantages, 0.1, ratio)
     assert loss.item() == pytest.approx((-0.5 - 1.1 + 0.9 + 2.0) / 4, abs=1e-7)
+    loss = make_trainer(train_objective="dpok").loss(advantages, 0.1, ratio)
+    assert loss.item() == pytest.approx((-0.9 - 1.1 + 0.9 + 1.1) / 4, abs=1e-7)
 
 
 @pytest.mark.parametrize("is_async", [False, True])

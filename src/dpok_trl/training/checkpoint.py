@@ -147,7 +147,7 @@ class Checkpoints:
                 aside = path.with_name(f"superseded-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)
-                logger.warning("%s is later than the checkpoint resumed from; renamed to %s", path, aside.name)
+                logger.info("%s is later than the checkpoint resumed from; renamed to %s", path, aside.name)
 
     # ---------------------------------------------------------------- the folder
 
