@@ -28,7 +28,7 @@ HELP = "tune the shipped 3-million-parameter Stable Diffusion on this computer, 
 
 IMAGES_PER_EPOCH = 64
 STEPS = 10
-EPOCHS = 28
+EPOCHS = 20
 MOST_THREADS = 8  # the network is so small that more threads wait for each other
 SAMPLING = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "eta": 1.0}
 
@@ -123,6 +123,7 @@ def demo_config(output: Path, epochs: int, kl_weight: float, seed: int) -> DPOKC
         train_batch_size=IMAGES_PER_EPOCH,
         train_timesteps_per_update=2,
         train_learning_rate=2e-3,
+        train_lr_scheduler="cosine",
         train_adam_beta2=0.99,
         train_log_prob_reduction="sum",
         train_clip_range=0.2,

@@ -110,7 +110,7 @@ def _comparison_values(comparison: Comparison) -> dict[str, Any]:
         (f"{format_reward(comparison.base(name).mean)} → {format_reward(comparison.tuned(name).mean)}", name)
         for name in names
     ]
-    tiles.append((f"{comparison.kl.mean:.3g} nats", "path KL to the pretrained model"))
+    tiles.append((f"{comparison.kl.mean:.3g} nats", "path KL to pretrained"))
     shown = _shown(comparison)
     befores = to_pil(comparison.base_images[shown])
     afters = to_pil(comparison.tuned_images[shown])
