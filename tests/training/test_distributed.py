@@ -1,0 +1,120 @@
+"""Two real processes (gloo): one policy, two noises, one set of files. All that they do is in two_processes.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpok_trl.results.runlog import read_metrics
+
+
+HERE = Path(__file__).parent
+GRADIENT_TOLERANCE = 1e-5  # of the largest entry: float32 sums in another order
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What the two processes saw, and the folder with their files."""
+    folder = tmp_path_factory.mktemp("gloo")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [*command, str(HERE / "two_processes.py"), str(folder)], env=environment, capture_output=True, text=True, timeout=240
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-6000:]
+    both = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
+    assert [out["processes"] for out in both] == [2, 2]
+    return both, folder
+
+
+def same(first, second) -> bool:
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
+    return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+
+
+def test_both_processes_have_one_policy(ranks):
+    (zero, one), _ = ranks
+    assert same(zero["start"], one["start"])
+    assert same(zero["end"], one["end"])
+    assert not same(zero["start"], zero["end"])
+
+
+def test_the_gradient_is_the_mean_of_both(ranks):
+    (zero, one), _ = ranks
+    assert len(zero["gradient errors"]) == 12  # 3 epochs, 2 inner epochs, 2 updates
+    assert max(zero["gradient errors"] + one["gradient errors"]) < GRADIENT_TOLERANCE
+    assert all(zero["local gradients differ"])
+
+
+def test_each_process_draws_its_own_noise_and_prompts(ranks):
+    (zero, one), _ = ranks
+    for mine, other in zip(zero["sampled"], one["sampled"], strict=True):
+        seeds = [seed for batches in (mine, other) for batch in batches for seed in batch["seeds"]]
+        assert len(set(seeds)) == 16
+        noises = torch.cat([batch["noise"] for batches in (mine, other) for batch in batches])
+        assert len(torch.unique(noises, dim=0)) == 16
+        prompts = [prompt for batches in (mine, other) for batch in batches for prompt in batch["prompts"]]
+        assert sorted(prompts) == sorted([f"number {i}" for i in range(8)] * 2)  # every prompt, equally often
+
+
+def test_advantages_are_those_of_one_process(ranks, make_trainer):
+    (zero, one), _ = ranks
+    assert same(zero["advantages"], one["advantages"])
+    alone = make_trainer(per_prompt_stat_tracking=True, per_prompt_stat_tracking_min_count=2)
+    for epoch, (prompts, rewards, advantages) in enumerate(zero["advantages"]):
+        assert torch.equal(alone.advantages(prompts, rewards), advantages)
+        for rank, out in enumerate((zero, one)):
+            part = slice(8 * rank, 8 * rank + 8)
+            assert torch.equal(torch.cat([batch["rewards"] for batch in out["sampled"][epoch]]), rewards[part])
+            assert torch.equal(torch.cat(out["trained on"][epoch]), advantages[part])
+
+
+def test_one_process_alone_ends_elsewhere(ranks, make_trainer, adapter):
+    (zero, _), _ = ranks
+    alone = make_trainer(prompts=zero["prompts"], **zero["settings"])
+    assert same(adapter(alone), zero["start"])
+    alone.train()
+    assert not same(adapter(alone), zero["end"])
+
+
+def test_one_set_of_files(ranks):
+    (zero, one), folder = ranks
+    assert zero["has a log"] and not one["has a log"]
+    assert zero["hooked"] == [0, 4, 8] and one["hooked"] == []
+    names = {path.name for path in (folder / "whole").iterdir()}
+    assert names == {"checkpoint-4", "checkpoint-8", "checkpoint-12", "metrics.jsonl", "samples"}
+    states = {path.name for path in (folder / "whole" / "checkpoint-12").glob("random_states_*")}
+    assert states == {"random_states_0.pkl", "random_states_1.pkl"}
+    assert (folder / "model" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_metrics_are_of_both_processes(ranks):
+    (zero, _), folder = ranks
+    lines = read_metrics(folder / "whole")
+    rounds = [line for line in lines if "reward" in line]
+    assert [line["images"] for line in rounds] == [16, 32, 48]
+    for line, (_, rewards, _) in zip(rounds, zero["advantages"], strict=True):
+        assert line["reward"] == rewards.mean().item()
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert rates == pytest.approx([0.01 * (1 - i / 12) for i in range(1, 13)])  # not twice as fast
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(ranks):
+    (zero, one), _ = ranks
+    for out in (zero, one):
+        assert same(out["uninterrupted"], out["interrupted"])  # adapter, optimizer, statistics, random state
+    assert same(zero["interrupted"][0], one["interrupted"][0])
+    assert zero["interrupted"][3] != one["interrupted"][3]  # each process has a random state of its own
+
+
+def test_a_reward_that_fails_in_one_process_stops_both(ranks):
+    (zero, one), _ = ranks
+    message = "the reward function fails_on_1 raised ConnectionError: no route to host"
+    for name in ("fails", "fails in threads"):
+        assert message in zero[name] and message in one[name]
