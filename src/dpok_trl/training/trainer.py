@@ -426,7 +426,7 @@ class DPOKTrainer:
         """DDPO's name of [`~DPOKTrainer.save_model`]; with `push_to_hub`, [`~DPOKTrainer.push_to_hub`] follows."""
         self.save_model(save_directory)
         if push_to_hub:
-            self.push_to_hub(repo_id or Path(save_directory).name)
+            self.push_to_hub(repo_id or self.config.hub_model_id or Path(save_directory).name)
 
     def push_to_hub(
         self,
