@@ -7,8 +7,7 @@ import sys
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
-from tiny import ddim, stable_diffusion
+from tiny import stable_diffusion
 
 import dpok_trl
 from dpok_trl import cli
@@ -175,7 +174,6 @@ def check_what_a_demo_leaves(output, epochs, images):
 def test_the_demo_with_a_tiny_untrained_pipeline(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(dpok_trl.demo, "load_demo_pipeline", stable_diffusion)
     monkeypatch.setattr(command, "IMAGES_PER_EPOCH", 4)
-    assert isinstance(ddim(), DDIMScheduler)
     output = tmp_path / "run"
     argv = ["demo", "--prompt", "four circles", "--reward", "greenness", "--epochs", "2", "--images", "3"]
     assert cli.main([*argv, "--output", str(output), "--debug"]) == 0

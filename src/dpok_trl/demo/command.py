@@ -118,8 +118,6 @@ def demo_config(output: Path, epochs: int, kl_weight: float, seed: int) -> DPOKC
         sample_guidance_scale=1.0,
         sample_batch_size=IMAGES_PER_EPOCH,
         sample_num_batches_per_epoch=1,
-        per_prompt_stat_tracking=True,
-        per_prompt_stat_tracking_buffer_size=4 * IMAGES_PER_EPOCH,
         train_batch_size=IMAGES_PER_EPOCH,
         train_timesteps_per_update=2,
         train_learning_rate=2e-3,
