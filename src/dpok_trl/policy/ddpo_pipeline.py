@@ -64,7 +64,9 @@ class DefaultDPOKStableDiffusionPipeline:
             self.sd_pipeline.load_lora_weights(
                 self.pretrained_model, weight_name=LORA_FILE, revision=pretrained_model_revision
             )
-        except OSError:  # diffusers' answer where there is no such file
+        except OSError:  # diffusers' answer where there is no such file; and, alas, where there is a broken one
+            if (Path(self.pretrained_model) / LORA_FILE).exists():
+                raise
             logger.info("no %s in %s: a new adapter will be trained", LORA_FILE, self.pretrained_model)
         if not isinstance(self.sd_pipeline.scheduler, DDIMScheduler):
             self.sd_pipeline.scheduler = as_ddim(self.sd_pipeline.scheduler)

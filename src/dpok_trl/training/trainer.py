@@ -89,6 +89,10 @@ class DPOKTrainer:
 
         set_seed(config.seed)  # the adapter is initialised alike on all processes
         self.pipeline = load_pipeline(sd_pipeline)
+        # DDPO's name, for what was handed over
+        self.sd_pipeline = (
+            sd_pipeline if isinstance(sd_pipeline, DefaultDPOKStableDiffusionPipeline) else self.pipeline
+        )
         self.pipeline.to(self.accelerator.device)
         if peft_config is None and not _has_adapter(self.pipeline):
             peft_config = default_lora_config(config.train_lora_rank, config.train_lora_alpha)
