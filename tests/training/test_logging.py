@@ -67,15 +67,11 @@ def test_tensorboard_receives_rewards_and_images(make_trainer, lines):
     assert (trainer.output_dir / "samples" / "epoch-0001.png").exists()
 
 
-def log_images(prompt_image_data, global_step, tracker):
-    """TRL's example, `image_outputs_logger`, word for word but for its names."""
-    result = {}
-    images, prompts, _, rewards, _ = prompt_image_data[-1]
-    for i, image in enumerate(images):
-        prompt = prompts[i]
-        reward = rewards[i].item()
-        result[f"{prompt:.25} | {reward:.2f}"] = image.unsqueeze(0).float()
-    tracker.log_images(result, step=global_step)
+def log_images(samples, global_step, tracker):
+    """What image hooks written for DDPO do: the last batch's images by prompt and reward."""
+    images, prompts, _, rewards, _ = samples[-1]
+    captions = [f"{prompt} | {reward.item():.2f}" for prompt, reward in zip(prompts, rewards, strict=True)]
+    tracker.log_images({c: image[None].float() for c, image in zip(captions, images, strict=True)}, step=global_step)
 
 
 def test_the_image_hook_gets_ddpos_structure(make_trainer):
