@@ -92,7 +92,15 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
         "0.50 → 0.75",
     ):
         assert number in parsed.text
-    for words in ("Title & <b>", "prompt <0>", "--prompt 'a <b>'", "sample_call_kwargs/height", "74 s", "torch 2"):
+    for words in (
+        "Title & <b>",
+        "prompt <0>",
+        "--prompt 'a <b>'",
+        "sample_call_kwargs/height",
+        "74 s",
+        "torch 2",
+        "CPU, 1 thread;",
+    ):
         assert words in parsed.text
     assert "16 of the 20 pairs, evenly spaced, not selected" in parsed.text
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["before-after.png", "curves.png"]

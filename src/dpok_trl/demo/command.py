@@ -110,6 +110,9 @@ def demo_config(output: Path, epochs: int, kl_weight: float, seed: int) -> DPOKC
     return DPOKConfig(
         exp_name="dpok-demo",
         output_dir=str(output),
+        accelerator_kwargs={
+            "cpu": True
+        },  # the same numbers on every machine; a GPU would mostly wait for its next kernel
         seed=seed,
         num_epochs=epochs,
         save_freq=0,
@@ -192,6 +195,7 @@ def write_demo_report(
             else f"in lora/; a stock StableDiffusionPipeline draws other pictures from it (largest difference of a pixel: {difference})",
         },
         reduction=trainer.config.train_log_prob_reduction,
+        device=trainer.accelerator.device,
     )
 
 

@@ -40,6 +40,7 @@ def write_report(
     config: Mapping[str, Any] | None = None,
     facts: Mapping[str, str] | None = None,
     reduction: Reduction = "mean",
+    device: str | torch.device = "cpu",
 ) -> Path:
     """Writes `report.html`, and `before-after.png` and `curves.png` beside it.
 
@@ -54,6 +55,7 @@ def write_report(
         config (`Mapping[str, Any]`, *optional*): Every setting.
         facts (`Mapping[str, str]`, *optional*): Further rows about the run, such as its wall time; versions and machine are added.
         reduction (`"mean"` or `"sum"`): Of the KL in `metrics.jsonl`, for its unit.
+        device (`str` or `torch.device`): Where the run took place.
 
     Returns:
         `Path`: The page.
@@ -64,7 +66,7 @@ def write_report(
         "summary": summary,
         "command": command,
         "config": [(name, str(value)) for name, value in (config or {}).items()],
-        "facts": [*(facts or {}).items(), *environment().items()],
+        "facts": [*(facts or {}).items(), *environment(torch.device(device)).items()],
         "version": __version__,
         "light": LIGHT,
         "dark": DARK,
@@ -94,13 +96,17 @@ def write_report(
     return page
 
 
-def environment() -> dict[str, str]:
+def environment(device: torch.device) -> dict[str, str]:
     """Versions and machine, as rows for the page."""
     names = ("torch", "diffusers", "transformers", "accelerate", "peft")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        what = torch.cuda.get_device_name(device)
+    else:
+        threads = torch.get_num_threads()
+        what = f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"
     return {
         "Versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names),
-        "Machine": f"{device}; {os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "Machine": f"{what}; {os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}",
     }
 
 
