@@ -90,6 +90,14 @@ def test_gradient_equals_finite_differences(objective):
     assert torch.autograd.gradcheck(lambda x: evaluate(objective, x, old, advantage, CLIP)[0], log_prob)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_a_ratio_that_overflows_has_no_gradient_where_it_is_clipped(objective):
+    log_prob = torch.tensor([200.0], requires_grad=True)
+    loss, _ = evaluate(objective, log_prob, torch.zeros(1), torch.ones(1), CLIP)
+    loss.backward()
+    assert loss.item() == pytest.approx(-1.1) and log_prob.grad.item() == 0.0
+
+
 def test_where_the_two_losses_differ():
     # Gradients by hand: d(-A r)/d(log p) = -A r, over the 4 rows.
     # Beyond the range in the direction of the advantage, both stop.

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from tiny import nudge, stable_diffusion, stable_diffusion_xl
 
 from dpok_trl import DefaultDPOKStableDiffusionPipeline, DPOKSchedulerOutput
-from dpok_trl.policy.ddpo_pipeline import as_ddim, load_pipeline
+from dpok_trl.policy.loading import as_ddim, load_pipeline
 from dpok_trl.policy.lora import adapter_layers, lora_state_dict, prepare_adapter, save_lora
 
 
@@ -166,11 +166,9 @@ def test_a_pipeline_by_name_keeps_any_other_scheduler(tmp_path):
     assert type(load_pipeline(tmp_path).scheduler) is DDPMScheduler
 
 
-def test_pipelines_as_objects_are_taken_as_they_are(folder):
+def test_pipelines_as_objects_are_taken_as_they_are():
     pipe = stable_diffusion_xl()
     assert load_pipeline(pipe) is pipe
-    default = DefaultDPOKStableDiffusionPipeline(folder)
-    assert load_pipeline(default) is default.sd_pipeline
 
 
 def test_anything_else_is_refused():

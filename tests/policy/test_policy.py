@@ -207,7 +207,6 @@ def test_latents_are_stored_once_each(policy):
     trajectory = policy.rollout(PROMPTS, SEEDS)
     assert len(trajectory.latents) == tiny.STEPS + 1
     assert len({latent.data_ptr() for latent in trajectory.latents}) == tiny.STEPS + 1
-    assert trajectory.recording.latents[0] is trajectory.latents[0]
 
 
 def test_deterministic_steps_are_no_actions():
@@ -355,6 +354,14 @@ def test_adapters_and_requires_grad_are_restored_after_an_exception(sd):
     assert {name for name, p in sd.named_parameters() if p.requires_grad} == trainable
     replayed = log_probs(sd(trajectory))
     assert torch.equal(replayed, trajectory.log_probs) and replayed.requires_grad
+    parameters = [p for p in sd.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    with sd.reference():
+        pass
+    assert not any(p.requires_grad for p in sd.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
 
 
 def test_the_policy_stays_in_eval_mode(sd):
@@ -365,9 +372,46 @@ def test_the_policy_stays_in_eval_mode(sd):
 # ---------------------------------------------------------------- refusals
 
 
-def test_a_pipeline_without_an_adapter_is_refused():
-    with pytest.raises(UnsupportedPipelineError, match="`unet` of StableDiffusionPipeline has no active LoRA adapter"):
-        Policy(tiny.stable_diffusion())
+def test_a_pipeline_without_an_adapter_has_no_reference():
+    policy = Policy(tiny.stable_diffusion(), call_kwargs=CALL)
+    message = "`unet` of StableDiffusionPipeline has no active LoRA adapter"
+    with pytest.raises(UnsupportedPipelineError, match=message), policy.reference():
+        pass
+    with pytest.raises(ValueError, match="no active adapter, and no `peft_config` was given"):
+        prepare_adapter(policy.pipe.unet)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"lora_dropout": 0.1}, "lora_dropout = 0.1"),
+        ({"bias": "lora_only"}, "bias = 'lora_only' trains biases of the base"),
+        ({"modules_to_save": ["conv_in"]}, r"modules_to_save = \['conv_in'\]"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' changes the base weights"),
+    ],
+)
+def test_lora_settings_that_would_do_nothing_or_harm_are_refused(settings, message):
+    unet = tiny.stable_diffusion().unet
+    with pytest.raises(ValueError, match=message):
+        prepare_adapter(unet, LoraConfig(r=2, target_modules=["to_q"], **settings))
+    assert adapter_name(unet) is None
+
+
+def test_images_that_are_no_numbers_are_not_rewarded(sd):
+    handle = sd.pipe.vae.decoder.register_forward_hook(lambda module, args, output: output * float("nan"))
+    try:
+        with pytest.raises(
+            FloatingPointError, match="images with NaN or infinite values. Usual cause: a VAE that overflows"
+        ):
+            sd.rollout(PROMPTS, SEEDS)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("name", ["eta", "generator", "return_dict", "output_type", "num_images_per_prompt", "prompt"])
+def test_arguments_that_the_policy_sets_are_refused(sd, name):
+    with pytest.raises(ValueError, match=f"'{name}' cannot be an argument of the call"):
+        Policy(sd.pipe, call_kwargs={name: 1})
 
 
 def test_a_scheduler_that_is_not_markov_is_refused():

@@ -58,16 +58,17 @@ def test_a_torn_line_in_the_middle_is_an_error_with_its_number(tmp_path, torn):
 
 def test_keep_epochs_drops_later_epochs(tmp_path):
     log = RunLog(tmp_path)
-    log.keep_epochs(5)  # nothing there yet
+    log.keep_epochs(5, step=10)  # nothing there yet
     for epoch in (0, 1, 2):
         log.log({"reward": 0.5, "epoch": epoch}, step=2 * epoch)  # at the step at which the epoch before ended
+        log.log({"of a hook": 1.0}, step=2 * epoch)
         log.log({"loss": math.nan, "epoch": epoch}, step=2 * epoch + 1)
         log.log({"loss": math.nan, "epoch": epoch}, step=2 * epoch + 2)
-    log.keep_epochs(2)
-    assert [(line["epoch"], line["step"]) for line in read_metrics(tmp_path)] == [
-        (0, 0), (0, 1), (0, 2), (1, 2), (1, 3), (1, 4)
+    log.keep_epochs(2, step=4)
+    assert [(line.get("epoch"), line["step"]) for line in read_metrics(tmp_path)] == [
+        (0, 0), (None, 0), (0, 1), (0, 2), (1, 2), (None, 2), (1, 3), (1, 4)
     ]  # fmt: skip
-    assert math.isnan(read_metrics(tmp_path)[1]["loss"])
+    assert math.isnan(read_metrics(tmp_path)[2]["loss"])
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 

@@ -169,6 +169,24 @@ def test_a_checkpoint_may_be_resumed_into_another_folder(saved, make_trainer, me
     assert len(metrics(saved)) == 9  # what it came from is left alone
 
 
+def test_a_checkpoint_holds_the_adapter_and_not_the_base(saved):
+    files = {path.name: path.stat().st_size for path in (saved / "checkpoint-3").iterdir()}
+    assert set(files) == {
+        "pytorch_lora_weights.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "trainer_state.json"
+    }  # fmt: skip
+
+
+def test_the_decision_to_reanchor_is_the_first_batchs(saved, make_trainer):
+    """Another batch might replay exactly by luck, and then the run would not go on as it was."""
+    state_file = saved / "checkpoint-3" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    assert state["reanchor"] is False
+    state_file.write_text(json.dumps({**state, "reanchor": True}))
+    trainer = make_trainer(num_epochs=4, sample_num_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer._reanchor is True
+
+
 def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
@@ -289,7 +307,10 @@ def test_another_list_of_prompts_is_refused(saved, make_trainer):
 
 
 def test_another_rank_is_refused(saved, make_trainer):
-    with pytest.raises(ValueError, match="the saved adapter does not fit.*Use the `peft_config` .or LoRA rank. that"):
+    with pytest.raises(
+        ValueError,
+        match="the saved adapter does not fit.*the first is .* of shape .4, 32. in the file and .2, 32. here",
+    ):
         make_trainer(train_lora_rank=2, sample_num_steps=2).train(resume_from_checkpoint=True)
 
 

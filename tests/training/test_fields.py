@@ -84,13 +84,13 @@ def _seed(run, monkeypatch):
 
 @case("log_with")
 def _log_with(run, monkeypatch):
-    assert not run.make().accelerator.trackers
-    assert [tracker.name for tracker in run.make(log_with="tensorboard").accelerator.trackers] == ["tensorboard"]
+    assert not run.train().accelerator.trackers
+    assert [tracker.name for tracker in run.train(log_with="tensorboard").accelerator.trackers] == ["tensorboard"]
 
 
 @case("tracker_project_name")
 def _tracker_project_name(run, monkeypatch):
-    trainer = run.make(log_with="tensorboard", tracker_project_name="rabbits")
+    trainer = run.train(log_with="tensorboard", tracker_project_name="rabbits")
     assert list((trainer.output_dir / "rabbits").glob("events.out.tfevents.*"))
 
 
@@ -100,7 +100,7 @@ def _tracker_kwargs(run, monkeypatch):
     monkeypatch.setattr(
         accelerate.Accelerator, "init_trackers", lambda self, name, config, init_kwargs: given.append(init_kwargs)
     )
-    run.make(tracker_kwargs={"wandb": {"entity": "me"}})
+    run.train(tracker_kwargs={"wandb": {"entity": "me"}})
     assert given == [{"wandb": {"entity": "me"}}]
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from .gaussian import Reduction, reduce_samples
 
 
+LARGEST_LOG_RATIO = 80.0  # exp(80) = 5.5e34; float32 ends at 3.4e38
+
 Metrics = dict[str, Tensor]
 Objective = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -33,7 +35,8 @@ def probability_ratio(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
     Raises:
         ValueError: If the shapes are not both `(B,)`.
     """
-    return _difference(log_prob, old_log_prob).exp()
+    # Without the clamp a ratio that overflows would have the gradient 0 * inf = NaN where the clip means 0.
+    return _difference(log_prob, old_log_prob).clamp(max=LARGEST_LOG_RATIO).exp()
 
 
 def ratio_metrics(log_prob: Tensor, old_log_prob: Tensor, clip_range: float) -> Metrics:

@@ -57,7 +57,7 @@ class Trajectory:
             samples=tuple(samples),
             step=step,
             old_log_prob=self.log_probs[rows, self.steps.index(step)],
-            advantage=advantages.to(self.log_probs.device)[rows],
+            advantage=advantages[rows],
             reference=reference,
         )
 

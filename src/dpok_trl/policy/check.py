@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from dpok_trl.policy.lora import adapter_name, prepare_adapter
+from dpok_trl.policy.lora import adapter_name, default_lora_config, prepare_adapter
 from dpok_trl.policy.policy import Policy, UnsupportedPipelineError, find_denoisers
 from dpok_trl.policy.reentry import ReplayError
 from dpok_trl.policy.schedulers import UnsupportedSchedulerError
@@ -141,7 +141,7 @@ def _some_adapter(pipe: DiffusionPipeline) -> Iterator[None]:
     training = {module: module.training for denoiser in denoisers.values() for module in denoiser.modules()}
     try:
         for module in denoisers.values():
-            prepare_adapter(module, None)
+            prepare_adapter(module, default_lora_config(rank=4) if module in added.values() else None)
         yield
     finally:
         for module in added.values():

@@ -1,4 +1,4 @@
-"""Pipelines by name, and the drop-in for TRL's `DefaultDDPOStableDiffusionPipeline`."""
+"""The drop-in for TRL's `DefaultDDPOStableDiffusionPipeline`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from dpok_trl.policy.lora import LORA_FILE, load_lora_state_dict, prepare_adapter, save_lora
+from dpok_trl.policy.loading import as_ddim
+from dpok_trl.policy.lora import LORA_FILE, adapter_name, default_lora_config, load_lora, prepare_adapter, save_lora
 from dpok_trl.policy.policy import Policy, find_denoisers
 from dpok_trl.policy.schedulers import DPOKSchedulerOutput, scheduler_step
 
@@ -107,7 +108,6 @@ class DefaultDPOKStableDiffusionPipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if seeds is None:
             seeds = torch.randint(2**63 - 1, (len(prompts),)).tolist()
-        self.get_trainable_layers()
         policy = Policy(
             self.sd_pipeline,
             call_kwargs={"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **call_kwargs},
@@ -125,7 +125,7 @@ class DefaultDPOKStableDiffusionPipeline:
 
     def get_trainable_layers(self) -> torch.nn.Module:
         """The UNet, with an fp32 adapter (rank 4 where there was none) as its only trainable part."""
-        prepare_adapter(self.unet, None)
+        prepare_adapter(self.unet, default_lora_config(rank=4) if adapter_name(self.unet) is None else None)
         return self.unet
 
     def save_pretrained(self, output_dir: str | Path) -> None:
@@ -139,35 +139,5 @@ class DefaultDPOKStableDiffusionPipeline:
 
     def load_checkpoint(self, models: list, input_dir: str | Path) -> None:
         """An `accelerate` load hook: reads what [`save_checkpoint`] wrote into the adapter in place."""
-        state_dict, _ = self.sd_pipeline.lora_state_dict(str(input_dir))
-        load_lora_state_dict(self.unet, {k.removeprefix("unet."): v for k, v in state_dict.items()})
+        load_lora({"unet": self.unet}, input_dir)
         models.clear()
-
-
-def load_pipeline(pipeline: DiffusionPipeline | DefaultDPOKStableDiffusionPipeline | str | Path) -> DiffusionPipeline:
-    """The diffusers pipeline behind whatever a user may hand over. From a name, PNDM (Stable Diffusion 1.5's default) becomes DDIM."""
-    if isinstance(pipeline, DefaultDPOKStableDiffusionPipeline):
-        return pipeline.sd_pipeline
-    if isinstance(pipeline, DiffusionPipeline):
-        return pipeline
-    if not isinstance(pipeline, (str, Path)):
-        raise ValueError(
-            f"sd_pipeline must be a diffusers pipeline, a Hub id or a folder; given: {type(pipeline).__name__}. A loaded pipeline comes from "
-            "`DiffusionPipeline.from_pretrained(...)`."
-        )
-    loaded = DiffusionPipeline.from_pretrained(str(pipeline))
-    if isinstance(loaded.scheduler, PNDMScheduler):
-        logger.info(
-            "PNDM steps depend on earlier model outputs and are no policy; sampling with DDIM instead, as DDPO did"
-        )
-        loaded.scheduler = as_ddim(loaded.scheduler)
-    return loaded
-
-
-def as_ddim(scheduler: Any) -> DDIMScheduler:
-    """DDIM on the noise schedule and spacing of another scheduler."""
-    # DDIM's own defaults for keys that the other config lacks would clamp x_0 in latent space.
-    defaults = {"clip_sample": False, "set_alpha_to_one": False}
-    return DDIMScheduler.from_config(
-        scheduler.config, **{k: v for k, v in defaults.items() if k not in scheduler.config}
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 
 
@@ -24,8 +25,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weigh
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-def default_lora_config(rank: int = 4, alpha: int | None = None) -> LoraConfig:
-    """The adapter that is trained when no `peft_config` is given: attention projections, Gaussian initialisation, alpha = rank."""
+def default_lora_config(rank: int, alpha: int | None = None) -> LoraConfig:
+    """The adapter that is trained when no `peft_config` is given: attention projections, Gaussian initialisation, alpha = rank unless given."""
     return LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
@@ -54,22 +55,34 @@ def adapter_name(module: nn.Module) -> str | None:
     return names[0] if names else None
 
 
-def prepare_adapter(module: nn.Module, config: LoraConfig | None) -> str:
+def refuse_adapter(component: nn.Module, name: str) -> None:
+    """Raises `ValueError` if a component that is not trained has an active adapter: it would be missing from what is saved."""
+    if adapter_name(component) is not None:
+        raise ValueError(
+            f"`{name}` has the active adapter '{adapter_name(component)}', which is not trained and would be missing from the saved one. Fuse it into "
+            f"the base first: `pipe.fuse_lora(components=['{name}'])`, then `pipe.unload_lora_weights()`."
+        )
+
+
+def prepare_adapter(module: nn.Module, config: LoraConfig | None = None) -> str:
     """Makes exactly one adapter of `module` trainable, in fp32 on whatever base, and freezes the rest. Returns its name.
 
-    An adapter that is already there is trained on. Without one, `config` (default: [`default_lora_config`]) is injected under the
-    name `"default"`.
+    Args:
+        config (`LoraConfig`, *optional*): The adapter to add, under the name `"default"`. `None`: go on with the one that is there.
 
     Raises:
-        `ValueError`: If there is an adapter already and `config` is given as well.
+        `ValueError`: If there is an adapter already and `config` is given as well, or neither; for settings of `config` that would change or
+            train weights beside the adapter's, or have no effect.
     """
-    module.requires_grad_(False)
     name = adapter_name(module)
+    if name is None and config is None:
+        raise ValueError(
+            f"{type(module).__name__} has no active adapter, and no `peft_config` was given for a new one."
+        )
     if name is None:
+        refuse_unsuitable(config)
         name = ADAPTER_NAME
-        config = (
-            copy.deepcopy(config) if config is not None else default_lora_config()
-        )  # one of its own for each denoiser
+        config = copy.deepcopy(config)  # one of its own for each denoiser
         config.base_model_name_or_path = None
         inject_adapter_in_model(config, module, adapter_name=name)
         # diffusers' own bookkeeping, which its loaders, `disable_adapters` and `save_lora_weights` ask
@@ -79,11 +92,34 @@ def prepare_adapter(module: nn.Module, config: LoraConfig | None) -> str:
             f"{type(module).__name__} already has the adapter '{name}', and a `peft_config` was given for a new one. Leave `peft_config` "
             "out to go on training the loaded adapter, or call `pipe.unload_lora_weights()` first to start afresh."
         )
+    module.requires_grad_(False)
     for parameter_name, parameter in module.named_parameters():
         if f".{name}." in parameter_name and "lora_" in parameter_name:
             parameter.requires_grad_(True)
     cast_training_params(module, torch.float32)
     return name
+
+
+def refuse_unsuitable(config: LoraConfig) -> None:
+    """Raises `ValueError` for LoRA settings that would be dropped in silence, or under which adapter-off is not the pretrained model."""
+    if config.lora_dropout:
+        raise ValueError(
+            f"lora_dropout = {config.lora_dropout}: a replay with dropout is another draw than its rollout, so the denoiser stays in eval mode and "
+            "dropout would do nothing. Set it to 0."
+        )
+    if config.bias != "none":
+        raise ValueError(
+            f"bias = '{config.bias}' trains biases of the base, and the reference would move with them. Set bias='none'."
+        )
+    if config.modules_to_save:
+        raise ValueError(
+            f"modules_to_save = {config.modules_to_save}: whole modules cannot be trained beside the adapter. Leave it out."
+        )
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"init_lora_weights = {config.init_lora_weights!r} changes the base weights, and adapter-off would no longer be the pretrained model. "
+            "Use True or 'gaussian'."
+        )
 
 
 @contextmanager
@@ -93,7 +129,7 @@ def adapters_disabled(modules: list[nn.Module]) -> Iterator[None]:
     No backward pass may run inside: peft switches the adapters' gradients off with them.
     """
     layers = [layer for module in modules for layer in adapter_layers(module) if not layer.disable_adapters]
-    trainable = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    before = {parameter: parameter.requires_grad for module in modules for parameter in module.parameters()}
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -101,8 +137,8 @@ def adapters_disabled(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for parameter, requires_grad in before.items():
+            parameter.requires_grad_(requires_grad)
 
 
 def lora_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -117,15 +153,26 @@ def load_lora_state_dict(module: nn.Module, state_dict: dict[str, torch.Tensor])
         `ValueError`: If keys or shapes are not those of the adapter.
     """
     expected = lora_state_dict(module)
-    if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in state_dict.items()}:
+    shapes, saved = ({key: tuple(value.shape) for key, value in d.items()} for d in (expected, state_dict))
+    differing = sorted(key for key in shapes.keys() | saved.keys() if shapes.get(key) != saved.get(key))
+    if differing:
+        key = differing[0]
         raise ValueError(
-            f"the saved adapter does not fit: it has {len(state_dict)} tensors, this one has {len(expected)}, or their shapes differ. "
-            "Use the `peft_config` (or LoRA rank) that it was trained with."
+            f"the saved adapter does not fit: {len(differing)} tensors differ, the first is {key}, of shape {saved.get(key, 'nothing')} in the file "
+            f"and {shapes.get(key, 'nothing')} here. Use the `peft_config` (or train_lora_rank) that it was trained with."
         )
     set_peft_model_state_dict(module, state_dict, adapter_name=adapter_name(module))
 
 
-def save_lora(pipe: DiffusionPipeline, denoisers: dict[str, nn.Module], folder: str | Path) -> None:
+def load_lora(denoisers: Mapping[str, nn.Module], folder: str | Path) -> None:
+    """Reads what [`save_lora`] wrote into the adapters of `denoisers`, in place."""
+    tensors = load_file(Path(folder) / LORA_FILE)
+    for name, module in denoisers.items():
+        prefix = f"{name}."
+        load_lora_state_dict(module, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
+
+def save_lora(pipe: DiffusionPipeline, denoisers: Mapping[str, nn.Module], folder: str | Path) -> None:
     """Writes `pytorch_lora_weights.safetensors` with the adapter's metadata, which `pipe.load_lora_weights(folder)` reads.
 
     Without the metadata a loader cannot know `lora_alpha`, and an adapter with alpha != rank comes back at another strength.

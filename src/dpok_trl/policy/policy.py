@@ -57,7 +57,7 @@ class Policy(nn.Module):
         log_prob_reduction (`"mean"` or `"sum"`, defaults to `"mean"`): Over the latent's dimensions. The sum is the true density.
 
     Raises:
-        [`UnsupportedPipelineError`]: No denoiser, a combined pipeline, a cache hook, no active adapter.
+        [`UnsupportedPipelineError`]: No denoiser, or a combined pipeline; at a rollout, a cache hook.
         [`UnsupportedSchedulerError`]: At the first rollout, for a scheduler whose steps are no Gaussian Markov transitions.
     """
 
@@ -75,12 +75,6 @@ class Policy(nn.Module):
         super().__init__()
         self.pipe = pipe
         self.denoisers = nn.ModuleDict(find_denoisers(pipe))
-        for name, module in self.denoisers.items():
-            if adapter_name(module) is None:
-                raise UnsupportedPipelineError(
-                    f"`{name}` of {type(pipe).__name__} has no active LoRA adapter, so there is nothing to train and no reference to "
-                    f"compare with. Add one first: `pipe.{name}.add_adapter(LoraConfig(...))`."
-                )
         self.call_kwargs = dict(call_kwargs or {})
         refuse_unknown_arguments(pipe, self.call_kwargs)
         self.kind, self.eta, self.noise_level, self.min_std = kind, eta, noise_level, min_std
@@ -116,27 +110,24 @@ class Policy(nn.Module):
         if len(prompts) != len(seeds) or len(prompts) == 0:
             raise ValueError(f"one seed for each prompt is needed: got {len(prompts)} prompts and {len(seeds)} seeds")
         refuse_caches(self.pipe)
-        device = self.pipe._execution_device  # walks through all modules: asked for once, not in every replay
-        generators = _generators(seeds, device)
-        recorder = Recorder(self._read_grid, generators, self.log_prob_reduction, self.memo)
+        generators = _generators(seeds, self.pipe._execution_device)
+        recorder = Recorder(self._choose_steps, generators, self.log_prob_reduction, self.memo)
         output = call_pipeline(
             self.pipe,
             recorder,
             {**self._call_kwargs(prompts, generators), "output_type": "pt", "return_dict": False},
         )
-        recording = recorder.recording
-        recording.device = device
-        if not recording.latents:
+        if not recorder.latents:
             raise UnsupportedPipelineError(f"{type(self.pipe).__name__} never called `scheduler.step`")
-        steps = tuple(sorted(recording.log_probs))
+        steps = tuple(sorted(recorder.log_probs))
         return Trajectory(
             prompts=list(prompts),
             seeds=list(seeds),
-            images=output[0],
-            latents=tuple(recording.latents),
+            images=_checked_images(output[0], len(prompts)),
+            latents=tuple(recorder.latents),
             steps=steps,
-            log_probs=torch.stack([recording.log_probs[step] for step in steps], dim=1),
-            recording=recording,
+            log_probs=torch.stack([recorder.log_probs[step] for step in steps], dim=1),
+            recording=recorder.recording(),
         )
 
     # ---------------------------------------------------------------- replay
@@ -174,7 +165,7 @@ class Policy(nn.Module):
         rows = range(len(trajectory)) if samples is None else samples
         if samples is not None and tuple(samples) == tuple(range(len(trajectory))):
             samples = None
-        replayer = Replayer(trajectory.recording, samples, steps, self.log_prob_reduction, self.memo, verify)
+        replayer = Replayer(trajectory, samples, steps, self.log_prob_reduction, self.memo, verify)
         generators = _generators([trajectory.seeds[row] for row in rows], trajectory.recording.device)
         prompts = [trajectory.prompts[row] for row in rows]
         call_pipeline(
@@ -190,6 +181,12 @@ class Policy(nn.Module):
 
         Run it under `torch.no_grad()`; no backward pass may happen inside.
         """
+        for name, module in self.denoisers.items():
+            if adapter_name(module) is None:
+                raise UnsupportedPipelineError(
+                    f"`{name}` of {type(self.pipe).__name__} has no active LoRA adapter, so nothing can be trained and there is no reference to "
+                    f"compare with. Add one first: `pipe.{name}.add_adapter(LoraConfig(...))`."
+                )
         with adapters_disabled(list(self.denoisers.values())):
             yield
 
@@ -201,7 +198,7 @@ class Policy(nn.Module):
             kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
         return {**kwargs, "prompt": list(prompts), "generator": generators}
 
-    def _read_grid(self, scheduler: Any) -> tuple[SchedulerGrid, Transition, frozenset[int]]:
+    def _choose_steps(self, scheduler: Any) -> tuple[SchedulerGrid, Transition, frozenset[int]]:
         grid = read_grid(scheduler)
         transition = make_transition(grid, self.kind, self.eta, self.noise_level)
         stds = transition.std(grid.levels(torch.arange(len(grid.timesteps))))
@@ -215,6 +212,19 @@ class Policy(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _checked_images(images: Any, count: int) -> torch.Tensor:
+    """Images as float32 `(B, 3, H, W)` in [0, 1]: what every reward is given."""
+    if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[:2] != (count, 3):
+        shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise UnsupportedPipelineError(f"images of shape ({count}, 3, H, W) are needed, and the pipeline gave {shape}")
+    images = images.float()
+    if not images.isfinite().all():
+        raise FloatingPointError(
+            "the pipeline gave images with NaN or infinite values. Usual cause: a VAE that overflows in fp16; use bf16, or keep the VAE in fp32."
+        )
+    return images
 
 
 def _generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generator]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
 from dpok_trl.core.gaussian import Gaussian, Reduction
+from dpok_trl.core.trajectory import Trajectory
 from dpok_trl.core.transitions import Transition
 from dpok_trl.policy.memo import Encoded, PromptMemo
 from dpok_trl.policy.schedulers import SchedulerGrid, next_distribution
@@ -118,43 +119,53 @@ def _advance(scheduler: Any, step_index: int) -> None:
 # --------------------------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recording:
-    """What a rollout leaves for its replays: the grid, the shape of every denoiser output, the encoded prompts.
+    """What a replay needs beside the trajectory's latents. Opaque to everybody but this module and the policy.
 
-    Opaque to everybody but this module and the policy.
+    Args:
+        device (`torch.device`): Where the generators draw.
+        grid ([`SchedulerGrid`]) and transition ([`Transition`]): Of the rollout.
+        templates (`list[list]`): For each step and each call of a denoiser in it, the shape of the output.
+        encoded (`list`): For each call of `encode_prompt`, its record; `None` for one that was passed on.
     """
 
-    device: torch.device | None = None  # where the generators draw
-    grid: SchedulerGrid | None = None
-    transition: Transition | None = None
-    templates: list[list[Any]] = field(default_factory=list)  # per step, per denoiser call
-    encoded: list[Encoded | None] = field(default_factory=list)  # per call of encode_prompt
-    latents: list[torch.Tensor] = field(default_factory=list)  # x_T and what each step returned, (B, *)
-    log_probs: dict[int, torch.Tensor] = field(default_factory=dict)  # step -> (B,)
+    device: torch.device
+    grid: SchedulerGrid
+    transition: Transition
+    templates: list[list[Any]]
+    encoded: list[Encoded | None]
 
 
 class Recorder:
-    """Answers in a rollout: runs everything, draws x_{t-1} from our Gaussian, and writes down what a replay needs."""
+    """Answers in a rollout: runs everything, draws x_{t-1} from our Gaussian, and writes down what a replay needs.
+
+    `choose_steps` reads grid and transition off the scheduler, once its timesteps are set, and says which steps are actions.
+    """
 
     def __init__(
         self,
-        read_grid: Callable[[Any], tuple[SchedulerGrid, Transition, frozenset[int]]],
+        choose_steps: Callable[[Any], tuple[SchedulerGrid, Transition, frozenset[int]]],
         generators: list[torch.Generator],
         reduction: Reduction,
         memo: PromptMemo | None,
     ):
-        self.read_grid = read_grid
+        self.choose_steps = choose_steps
         self.generators = generators
         self.reduction = reduction
         self.memo = memo
-        self.recording = Recording()
-        self.actions: frozenset[int] = frozenset()
+        self.latents: list[torch.Tensor] = []  # x_T and what each step returned, (B, *)
+        self.log_probs: dict[int, torch.Tensor] = {}  # step -> (B,)
+        self._templates: list[list[Any]] = []
+        self._encoded: list[Encoded | None] = []
         self._calls: list[Any] = []  # the denoiser calls of the step in progress
+
+    def recording(self) -> Recording:
+        return Recording(self.generators[0].device, self._grid, self._transition, self._templates, self._encoded)
 
     def encode_prompt(self, args: tuple, kwargs: dict) -> Any:
         output, record = self.memo(args, kwargs)
-        self.recording.encoded.append(record)
+        self._encoded.append(record)
         return output
 
     def denoise(self, denoiser: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -163,19 +174,18 @@ class Recorder:
         return output
 
     def step(self, scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        recording = self.recording
-        if recording.grid is None:
-            recording.grid, recording.transition, self.actions = self.read_grid(scheduler)
-            recording.latents.append(sample.clone())
-        step_index = len(recording.templates)
-        recording.templates.append(self._calls)
+        if not self.latents:
+            self._grid, self._transition, self._actions = self.choose_steps(scheduler)
+            self.latents.append(sample.clone())
+        step_index = len(self._templates)
+        self._templates.append(self._calls)
         self._calls = []
-        distribution = next_distribution(recording.grid, recording.transition, model_output, sample, step_index)
+        distribution = next_distribution(self._grid, self._transition, model_output, sample, step_index)
         next_sample = distribution.sample(self.generators, dtype=sample.dtype)
-        if step_index in self.actions:
+        if step_index in self._actions:
             # of the rounded value that is stored, or bf16 alone moves the log-probability by hundreds of nats
-            recording.log_probs[step_index] = distribution.log_prob(next_sample, self.reduction)
-        recording.latents.append(next_sample.clone())  # some pipelines write into what they got
+            self.log_probs[step_index] = distribution.log_prob(next_sample, self.reduction)
+        self.latents.append(next_sample.clone())  # some pipelines write into what they got
         _advance(scheduler, step_index)
         return next_sample
 
@@ -204,16 +214,17 @@ class Replayer:
 
     def __init__(
         self,
-        recording: Recording,
+        trajectory: Trajectory,
         samples: Sequence[int] | None,
         steps: Sequence[int],
         reduction: Reduction,
         memo: PromptMemo | None,
         verify: bool,
     ):
-        self.recording = recording
+        self.trajectory = trajectory
+        self.recording: Recording = trajectory.recording
         self.samples = samples
-        self.num_samples = len(recording.latents[0]) if samples is None else len(samples)
+        self.num_samples = len(trajectory) if samples is None else len(samples)
         self.steps = frozenset(steps)
         self.last = max(steps)
         self.reduction = reduction
@@ -221,12 +232,16 @@ class Replayer:
         self.verify = verify
         self.with_grad = torch.is_grad_enabled()
         self.outputs: dict[int, ReplayedStep] = {}
+        # on the device once, and not once for each step
+        self._rows = None if samples is None else torch.tensor(samples, device=trajectory.latents[0].device)
         self._step_index = 0
         self._call_index = 0
         self._encode_index = 0
 
-    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.samples is None else tensor[torch.tensor(self.samples, device=tensor.device)]
+    def latents(self, index: int) -> torch.Tensor:
+        """A copy of the recorded latents of the replayed samples: some pipelines write into what they get."""
+        latents = self.trajectory.latents[index]
+        return latents.clone() if self._rows is None else latents[self._rows]
 
     def encode_prompt(self, args: tuple, kwargs: dict) -> Any:
         if self._encode_index >= len(self.recording.encoded):
@@ -246,16 +261,16 @@ class Replayer:
             )
         template = calls[self._call_index]
         self._call_index += 1
-        return _stub(template, self.num_samples, len(self.recording.latents[0]))
+        return _stub(template, self.num_samples, len(self.trajectory))
 
     def step(self, scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         step_index = self._step_index
         self._step_index += 1
         self._call_index = 0
         _advance(scheduler, step_index)
-        action = self.rows(self.recording.latents[step_index + 1])
+        action = self.latents(step_index + 1)
         if step_index not in self.steps:
-            return action.clone()
+            return action
         self._check(step_index, model_output, sample)
         distribution = next_distribution(
             self.recording.grid, self.recording.transition, model_output, sample, step_index
@@ -265,7 +280,7 @@ class Replayer:
         torch.set_grad_enabled(False)
         if step_index == self.last:
             raise _LastStepReached
-        return action.clone()
+        return action
 
     def _check(self, step_index: int, model_output: torch.Tensor, sample: torch.Tensor) -> None:
         if self.with_grad and not model_output.requires_grad:
@@ -273,7 +288,7 @@ class Replayer:
                 f"the model output of step {step_index} carries no gradient. Either nothing trainable lies in the denoiser, or the "
                 "pipeline detaches it (a `.detach()` or an inner `torch.inference_mode()` in a custom `__call__`)."
             )
-        recorded = self.rows(self.recording.latents[step_index])
+        recorded = self.latents(step_index)
         if sample.shape != recorded.shape:
             raise ReplayError(
                 f"step {step_index} got latents of shape {tuple(sample.shape)}, recorded were {tuple(recorded.shape)}"

@@ -161,7 +161,7 @@ def compare(
         for trajectory, scores, images in ((tuned, tuned_scores, tuned_images), (base, base_scores, base_images)):
             for name, scorer in scorers.items():
                 scores[name].append(score(scorer, trajectory.images, batch_prompts, batch_metadata)[0])
-            images.append(trajectory.images.float().cpu())
+            images.append(trajectory.images.cpu())
     return Comparison(
         prompts=[prompt for prompt, _, _ in pairs],
         seeds=[seed for _, seed, _ in pairs],

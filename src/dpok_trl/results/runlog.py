@@ -63,12 +63,17 @@ class RunLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def keep_epochs(self, epochs: int) -> None:
-        """Keeps the lines of the first `epochs` epochs: a resumed run is about to write the later ones again. All or nothing, whenever it is
-        interrupted. By epoch and not by step, for an epoch's sampling is logged at the step at which the one before ended."""
+    def keep_epochs(self, epochs: int, step: int) -> None:
+        """Keeps the lines of the first `epochs` epochs, which ended at `step`: a resumed run is about to write the later ones again. All or
+        nothing, whenever it is interrupted. By epoch and not by step, for an epoch's sampling is logged at the step at which the one before
+        ended; a line without an epoch (from a user's hook, which is called there) is kept if it is from before that step."""
         if not self.path.exists():
             return
-        kept = [json.dumps(line) + "\n" for line in read_metrics(self.folder) if line["epoch"] < epochs]
+        kept = [
+            json.dumps(line) + "\n"
+            for line in read_metrics(self.folder)
+            if (line["epoch"] < epochs if "epoch" in line else line["step"] < step)
+        ]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.path)

@@ -48,7 +48,11 @@ def cut_batches(batches: list[SampledBatch], advantages: torch.Tensor, size: int
     """Cuts sampling batches into training batches of `size` samples; `advantages` has an entry for each sample of `batches`."""
     per_batch = advantages.split([len(batch.trajectory) for batch in batches])
     return [
-        TrainingBatch(batch.trajectory, tuple(range(row, row + size)), advantages_of_batch)
+        TrainingBatch(
+            batch.trajectory,
+            tuple(range(row, row + size)),
+            advantages_of_batch.to(batch.trajectory.log_probs.device),  # once, and not for each transition
+        )
         for batch, advantages_of_batch in zip(batches, per_batch, strict=True)
         for row in range(0, len(batch.trajectory), size)
     ]

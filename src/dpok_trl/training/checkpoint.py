@@ -10,9 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
-
-from dpok_trl.policy.lora import LORA_FILE, load_lora_state_dict, save_lora
+from dpok_trl.policy.lora import load_lora, save_lora
 from dpok_trl.results.runlog import METRICS_FILE
 
 
@@ -30,7 +28,7 @@ class Checkpoints:
 
     A checkpoint holds the adapter (which a stock pipeline loads), optimizer, learning-rate schedule, loss scale and the random states of
     every process as accelerate writes them, and `trainer_state.json`: epoch, step, prompts, per-prompt statistics and the list of files.
-    It is written under another name and renamed when everything is on disk.
+    It is written under another name and renamed when it is complete.
     """
 
     def __init__(self, trainer: DPOKTrainer):
@@ -79,7 +77,7 @@ class Checkpoints:
 
     def _save_adapter(self, models: list, weights: list, output_dir: str) -> None:
         if self.trainer.accelerator.is_main_process:
-            save_lora(self.trainer.pipeline, dict(self.trainer.policy.denoisers), output_dir)
+            save_lora(self.trainer.pipeline, self.trainer.policy.denoisers, output_dir)
         weights.clear()  # the frozen base need not be written again
 
     # ---------------------------------------------------------------- resume
@@ -125,19 +123,14 @@ class Checkpoints:
         if trainer.stat_tracker is not None and state["stat_tracker"] is not None:
             trainer.stat_tracker.load_state_dict(state["stat_tracker"])
         if trainer.accelerator.is_main_process:
-            trainer.run_log.keep_epochs(trainer.first_epoch)
+            trainer.run_log.keep_epochs(trainer.first_epoch, trainer.global_step)
             self._set_later_ones_aside()
             logger.info(
                 "resumed from %s: %d epochs, %d optimizer steps done", checkpoint, state["epoch"], state["global_step"]
             )
 
     def _load_adapter(self, models: list, input_dir: str) -> None:
-        tensors = load_file(f"{input_dir}/{LORA_FILE}")
-        for name, module in self.trainer.policy.denoisers.items():
-            prefix = f"{name}."
-            load_lora_state_dict(
-                module, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            )
+        load_lora(self.trainer.policy.denoisers, input_dir)
         models.clear()
 
     def _set_later_ones_aside(self) -> None:

@@ -298,6 +298,8 @@ class DPOKConfig:
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)}, but it must be positive.")
+        if self.seed < 0:
+            raise ValueError(f"seed = {self.seed}, but it must not be negative.")
         if not 0 < self.sample_eta <= 1:
             raise ValueError(
                 f"sample_eta = {self.sample_eta}, but it must be in (0, 1]: at 0 every step is deterministic and there is no policy to train."
@@ -341,22 +343,15 @@ class DPOKConfig:
                 "train_adv_type = 'group' compares images of the same prompt and needs sample_num_images_per_prompt of at least 2; "
                 f"given: {self.sample_num_images_per_prompt}."
             )
+        limit = self.project_kwargs.get("total_limit")
+        if limit is not None and limit < 1:
+            raise ValueError(f"project_kwargs['total_limit'] = {limit}, but at least 1 checkpoint must be kept.")
         clash = {
             "eta",
-            "return_dict",
-            "prompt",
-            "generator",
             "num_inference_steps",
             "guidance_scale",
             "negative_prompt",
-            "output_type",
-            "num_images_per_prompt",
-        }
-        if "gradient_accumulation_steps" in self.accelerator_kwargs:
-            raise ValueError(
-                "accelerator_kwargs must not hold gradient_accumulation_steps, which would divide the loss once more: set "
-                "train_gradient_accumulation_steps."
-            )
+        }  # the policy refuses what has no field at all
         given = sorted(clash & set(self.sample_call_kwargs))
         if given:
             raise ValueError(

@@ -78,6 +78,12 @@ def check_ratio(
     return reanchor
 
 
+def refuse_ratio(deviation: float, clip_range: float) -> None:
+    """Raises [`RatioError`] if the ratios of the very first update, taken with gradients, are off by more than a tenth of the clip range."""
+    if not deviation <= clip_range / 10:
+        raise RatioError(_causes("the ratio of the first update is not 1", deviation, clip_range / 10))
+
+
 @torch.no_grad()
 def anchor(policy: Policy, batches: list[TrainingBatch]) -> None:
     """Takes the old log-probabilities of training batches from a replay at their own shape."""
@@ -95,7 +101,7 @@ def replayed_log_probs(policy: Policy, batch: TrainingBatch, verify: bool = Fals
 
 def _causes(what: str, deviation: float, allowed: float) -> str:
     return (
-        f"{what}: log-probabilities differ by up to {deviation:.3g}, allowed are {allowed:.3g}. The ratio must be 1 before the first update. "
+        f"{what}: the difference is up to {deviation:.3g}, allowed are {allowed:.3g}. The ratio must be 1 before the first update. "
         "Likely causes: something random in the denoiser (dropout outside eval mode, a custom attention processor); kernels that are not "
         "deterministic; a cache or hook that keeps a state between calls; a callback in sample_call_kwargs that changes the latents; a "
         "train_clip_range below the rounding of this precision. `check_pipeline(pipe, ...)` shows which step differs."

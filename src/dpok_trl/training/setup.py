@@ -5,15 +5,23 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 
 from dpok_trl.training.config import DPOKConfig
 
+
+UNSUPPORTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +42,11 @@ def make_accelerator(config: DPOKConfig) -> Accelerator:
     arguments = dict(config.accelerator_kwargs)
     handlers = list(arguments.pop("kwargs_handlers", []))
     if not any(isinstance(handler, DistributedDataParallelKwargs) for handler in handlers):
-        # A denoiser has no buffer that training changes; broadcasting them would cost a message in every forward pass.
-        handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False))
+        handlers.append(DistributedDataParallelKwargs())
+    for handler in handlers:
+        if isinstance(handler, DistributedDataParallelKwargs):
+            # Training changes no buffer of a denoiser, and processes may do different numbers of forward passes: they must not wait there.
+            handler.broadcast_buffers = False
     accelerator = Accelerator(
         log_with=config.log_with,
         mixed_precision=config.mixed_precision,
@@ -52,6 +63,11 @@ def make_accelerator(config: DPOKConfig) -> Accelerator:
             accelerator.gradient_accumulation_steps,
         )
         accelerator.gradient_accumulation_steps = 1
+    if accelerator.distributed_type in UNSUPPORTED:
+        raise ValueError(
+            f"{accelerator.distributed_type} is not supported yet: a policy samples through the whole denoiser, which it would have in parts. Launch "
+            "with plain data parallelism (DDP)."
+        )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise RuntimeError(
@@ -77,6 +93,13 @@ def settle_output_dir(config: DPOKConfig, accelerator: Accelerator) -> Path:
     project.project_dir = str(given)
     project.logging_dir = config.project_kwargs.get("logging_dir", str(given))
     return Path(given)
+
+
+def reward_threads(config: DPOKConfig, device: torch.device) -> ThreadPoolExecutor:
+    """`max_workers` threads for rewards. The current CUDA device is a thread's own, and would be the first one in a new thread."""
+    if device.type == "cuda":
+        return ThreadPoolExecutor(config.max_workers, initializer=torch.cuda.set_device, initargs=(device,))
+    return ThreadPoolExecutor(config.max_workers)
 
 
 def make_optimizer(config: DPOKConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -6,7 +6,6 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,16 @@ from dpok_trl.core.advantages import PerPromptStatTracker, batch_advantages, cli
 from dpok_trl.core.gaussian import Gaussian
 from dpok_trl.core.objectives import OBJECTIVES, noise_kl, probability_ratio, ratio_metrics
 from dpok_trl.core.trajectory import Transitions
-from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline, load_pipeline
-from dpok_trl.policy.lora import adapter_name, default_lora_config, prepare_adapter, refuse_unsaveable, save_lora
+from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline
+from dpok_trl.policy.loading import load_pipeline
+from dpok_trl.policy.lora import (
+    adapter_name,
+    default_lora_config,
+    prepare_adapter,
+    refuse_adapter,
+    refuse_unsaveable,
+    save_lora,
+)
 from dpok_trl.policy.policy import Policy, find_denoisers
 from dpok_trl.policy.reentry import ReplayedStep
 from dpok_trl.prompts import prompt_source
@@ -33,8 +40,8 @@ from dpok_trl.rewards.base import RewardError, reward_name, score
 from dpok_trl.training.batches import SampledBatch, TrainingBatch, Update, cut_batches, plan_updates
 from dpok_trl.training.checkpoint import Checkpoints
 from dpok_trl.training.config import DPOKConfig
-from dpok_trl.training.ratio import anchor, check_ratio
-from dpok_trl.training.setup import make_accelerator, make_optimizer, settle_output_dir
+from dpok_trl.training.ratio import anchor, check_ratio, refuse_ratio
+from dpok_trl.training.setup import make_accelerator, make_optimizer, reward_threads, settle_output_dir
 
 
 class DPOKTrainer:
@@ -88,21 +95,23 @@ class DPOKTrainer:
         )
 
         set_seed(config.seed)  # the adapter is initialised alike on all processes
+        self.sd_pipeline = sd_pipeline  # DDPO's name, for what was handed over
+        if isinstance(sd_pipeline, DefaultDPOKStableDiffusionPipeline):
+            sd_pipeline = sd_pipeline.sd_pipeline
         self.pipeline = load_pipeline(sd_pipeline)
-        # DDPO's name, for what was handed over
-        self.sd_pipeline = (
-            sd_pipeline if isinstance(sd_pipeline, DefaultDPOKStableDiffusionPipeline) else self.pipeline
-        )
         self.pipeline.to(self.accelerator.device)
-        if peft_config is None and not _has_adapter(self.pipeline):
-            peft_config = default_lora_config(config.train_lora_rank, config.train_lora_alpha)
-        for component in self.pipeline.components.values():
-            if isinstance(component, torch.nn.Module):
-                component.requires_grad_(False)
         denoisers = find_denoisers(self.pipeline)
         refuse_unsaveable(self.pipeline, list(denoisers))
+        for name, component in self.pipeline.components.items():
+            if isinstance(component, torch.nn.Module) and name not in denoisers:
+                refuse_adapter(component, name)
+                component.requires_grad_(False)
         for denoiser in denoisers.values():
-            prepare_adapter(denoiser, peft_config)
+            if peft_config is None and adapter_name(denoiser) is None:
+                new = default_lora_config(config.train_lora_rank, config.train_lora_alpha)
+            else:
+                new = peft_config
+            prepare_adapter(denoiser, new)
             if config.train_gradient_checkpointing:
                 denoiser.enable_gradient_checkpointing()
         self.policy = Policy(
@@ -132,21 +141,17 @@ class DPOKTrainer:
             self.stat_tracker = PerPromptStatTracker(
                 config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
             )
-        self.executor = ThreadPoolExecutor(max_workers=config.max_workers) if config.async_reward_computation else None
+        self.executor = reward_threads(config, self.accelerator.device) if config.async_reward_computation else None
 
         self.first_epoch = 0
         self.global_step = 0
         self.seconds = 0.0  # of training, over all resumed parts
         self.last_metrics: dict[str, float] = {}
         self._ratio_checked = False
+        self._first_update = False  # the next update is the first after the check
         self._reanchor = config.train_reanchor  # None: not decided yet
         self.run_log = RunLog(self.output_dir) if self.accelerator.is_main_process else None
         self.checkpoints = Checkpoints(self)
-        self.accelerator.init_trackers(
-            config.tracker_project_name,
-            config={k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str, bool))},
-            init_kwargs=config.tracker_kwargs,
-        )
 
     # ---------------------------------------------------------------- the loop
 
@@ -164,12 +169,19 @@ class DPOKTrainer:
             [`~dpok_trl.RatioError`]: If the ratio is not 1 before the first update.
             `FloatingPointError`: If the loss or the gradient becomes NaN or infinite.
         """
-        resume = resume_from_checkpoint or (self.config.resume_from if self.global_step == 0 else None)
+        resume = resume_from_checkpoint
+        if resume is None and self.global_step == 0:
+            resume = self.config.resume_from
         if resume:
             self.checkpoints.resume(self.output_dir if resume is True else Path(resume))
         elif self.global_step == 0:
             self.checkpoints.refuse_other_run()
         self.accelerator.wait_for_everyone()
+        self.accelerator.init_trackers(  # here and not in the constructor: they are closed at the end of `train`, and it may be called again
+            self.config.tracker_project_name,
+            config={k: v for k, v in self.config.to_dict().items() if isinstance(v, (int, float, str, bool))},
+            init_kwargs=self.config.tracker_kwargs,
+        )
         last = self.config.num_epochs if epochs is None else epochs
         started = time.monotonic() - self.seconds
         progress = tqdm(
@@ -216,34 +228,39 @@ class DPOKTrainer:
         Returns the scored batches and the timings. Seeds follow from (seed, epoch, process, batch), so each process draws its own noise and a
         resumed run draws what an uninterrupted one would have drawn.
         """
-        config = self.config
+        error: Exception | None = None
+        try:
+            batches, timings = self._sample_and_score(epoch)
+        except Exception as raised:  # raised again below: the other processes must hear of it, or they would wait for this one for ever
+            error = raised
+        told = None if error is None else (isinstance(error, RewardError), f"{type(error).__name__}: {error}")
+        failures = gather_object([told])
+        if error is not None:
+            raise error
+        for process, failure in enumerate(failures):
+            if failure is not None:
+                of_reward, message = failure
+                raise (RewardError if of_reward else RuntimeError)(f"process {process} failed with {message}")
+        return batches, timings
+
+    def _sample_and_score(self, epoch: int) -> tuple[list[SampledBatch], dict[str, float]]:
         batches = []
         started = time.monotonic()
-        for index in self._progress(range(config.sample_num_batches_per_epoch), "rollout"):
-            prompts, metadata = self.prompts.draw(config.sample_batch_size)
+        for index in self._progress(range(self.config.sample_num_batches_per_epoch), "rollout"):
+            prompts, metadata = self.prompts.draw(self.config.sample_batch_size)
             with self.accelerator.autocast():
                 trajectory = self.policy.rollout(prompts, self._seeds(epoch, index))
             batch = SampledBatch(trajectory, tuple(metadata))
             if self.executor is not None:
                 batch.job = self.executor.submit(self._score, batch)
             batches.append(batch)
-        rollout_seconds = time.monotonic() - started
-
-        started = time.monotonic()
-        error: RewardError | None = None
-        try:
-            for batch in batches:
-                if batch.job is None:
-                    self._score(batch)
-                else:
-                    batch.job.result()
-        except RewardError as reward_error:
-            error = reward_error
-        # Every process must hear of it, or the others would wait for this one for ever.
-        errors = [message for message in gather_object([None if error is None else str(error)]) if message is not None]
-        if errors:
-            raise RewardError(errors[0]) from error
-        return batches, {"time/rollout": rollout_seconds, "time/reward": time.monotonic() - started}
+        sampled = time.monotonic()
+        for batch in batches:
+            if batch.job is None:
+                self._score(batch)
+            else:
+                batch.job.result()
+        return batches, {"time/rollout": sampled - started, "time/reward": time.monotonic() - sampled}
 
     def compute_rewards(
         self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False
@@ -262,7 +279,7 @@ class DPOKTrainer:
             return score(self.reward_fn, pair[0], pair[1], pair[2])
 
         if is_async:
-            with ThreadPoolExecutor(max_workers=self.config.max_workers) as executor:
+            with reward_threads(self.config, self.accelerator.device) as executor:
                 results = list(executor.map(compute, prompt_image_pairs))
         else:
             results = [compute(pair) for pair in prompt_image_pairs]
@@ -282,7 +299,7 @@ class DPOKTrainer:
     def _score(self, batch: SampledBatch) -> None:
         started = time.monotonic()
         trajectory = batch.trajectory
-        pair = (trajectory.images.float(), tuple(trajectory.prompts), batch.metadata)
+        pair = (trajectory.images, tuple(trajectory.prompts), batch.metadata)
         (batch.rewards,), (batch.reward_metadata,) = self.compute_rewards([pair])
         batch.seconds = time.monotonic() - started
 
@@ -335,7 +352,7 @@ class DPOKTrainer:
                 reduction=config.train_log_prob_reduction,
                 largest=lambda deviations: self.accelerator.gather(deviations.amax()[None]).amax().item(),
             )
-            self._ratio_checked = True
+            self._ratio_checked = self._first_update = True
         if self._reanchor:
             anchor(self.prepared_policy, cut)
         return cut
@@ -379,16 +396,22 @@ class DPOKTrainer:
                 self.accelerator.backward(loss / len(update))
             for name, value in metrics.items():
                 values[name].append(value)
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.trainable_layers, self.config.train_max_grad_norm))
-        metrics = self._reduce(values)
+        grad_norm = self.accelerator.clip_grad_norm_(self.trainable_layers, self.config.train_max_grad_norm)
+        metrics = self._reduce({**values, "grad_norm": [grad_norm]})
         self._refuse_nonfinite("loss", metrics["loss"])
-        if self.accelerator.scaler is None:  # a loss scaler leaves out the step and goes on at a lower scale
-            self._refuse_nonfinite("norm of the gradient", grad_norm)
+        scaler = self.accelerator.scaler
+        if (
+            scaler is None or scaler.get_scale() < 1
+        ):  # a loss scaler leaves out the step and goes on at a lower scale, but not for ever
+            self._refuse_nonfinite("norm of the gradient", metrics["grad_norm"])
+        if self._first_update:
+            refuse_ratio(metrics["policy/ratio_deviation_max"], self.config.train_clip_range)
+            self._first_update = False
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:  # fp16 found an overflow and lowers its loss scale
             self.lr_scheduler.step()
         self.optimizer.zero_grad()
-        return {**metrics, "grad_norm": grad_norm, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
+        return {**metrics, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
 
     def _refuse_nonfinite(self, what: str, value: float) -> None:
         if math.isfinite(value):
@@ -478,7 +501,7 @@ class DPOKTrainer:
 
     def _write_model(self, folder: Path, *card: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_lora(self.pipeline, dict(self.policy.denoisers), folder)
+        save_lora(self.pipeline, self.policy.denoisers, folder)
         self._write_model_card(folder, *card)
 
     def _write_model_card(
@@ -566,7 +589,3 @@ class DPOKTrainer:
 
     def _progress(self, items: Any, description: str) -> tqdm:
         return tqdm(items, desc=description, leave=False, disable=not self.accelerator.is_local_main_process)
-
-
-def _has_adapter(pipe: DiffusionPipeline) -> bool:
-    return any(adapter_name(denoiser) is not None for denoiser in find_denoisers(pipe).values())
