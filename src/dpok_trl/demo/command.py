@@ -28,7 +28,7 @@ HELP = "tune the shipped 3-million-parameter Stable Diffusion on this computer, 
 
 IMAGES_PER_EPOCH = 64
 STEPS = 10
-EPOCHS = 20
+EPOCHS = 24
 MOST_THREADS = 8  # the network is so small that more threads wait for each other
 SAMPLING = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "eta": 1.0}
 
