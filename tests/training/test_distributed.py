@@ -118,3 +118,9 @@ def test_a_reward_that_fails_in_one_process_stops_both(ranks):
     message = "the reward function fails_on_1 raised ConnectionError: no route to host"
     for name in ("fails", "fails in threads"):
         assert message in zero[name] and message in one[name]
+
+
+def test_a_prompt_function_that_fails_in_one_process_stops_both(ranks):
+    (zero, one), _ = ranks
+    assert one["fails in the prompts"] == "KeyError: 'no such prompt'"
+    assert zero["fails in the prompts"] == "RuntimeError: process 1 failed with KeyError: 'no such prompt'"

@@ -1,5 +1,6 @@
 """The loop of `DPOKTrainer`: it learns, its updates are the ones that the settings say, and its ratio starts at exactly 1."""
 
+import dataclasses
 import threading
 from collections import Counter
 
@@ -10,6 +11,7 @@ from peft import LoraConfig
 from tiny import FAMILIES, ddim, stable_diffusion, with_adapter
 
 from dpok_trl import RatioError
+from dpok_trl.training.batches import TrainingBatch
 
 
 # Gradients of the same samples in other micro-batches, relative to the largest entry: float32 sums in another order.
@@ -133,6 +135,47 @@ def test_text_is_encoded_in_the_first_rollout_only(make_trainer):
 # ---------------------------------------------------------------- the update
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kl_type", ["gaussian", "noise"])
+@pytest.mark.parametrize("objective", ["dpok", "ppo"])
+def test_the_loss_by_hand(objective, kl_type, reduction, make_trainer):
+    trainer = make_trainer(
+        pipe=nudged(),
+        sample_min_std=0.1,
+        train_clip_range=0.1,
+        train_objective=objective,
+        train_log_prob_reduction=reduction,
+        kl_weight=0.3,
+        kl_type=kl_type,
+    )
+    trajectory = trainer.sample(0)[0][0].trajectory
+    batch = TrainingBatch(trajectory, (0, 1, 2, 3), torch.tensor([1.0, 1.0, -1.0, -1.0]))
+    trainer._ask_reference([[(batch, 1)]])
+    transitions = batch.transitions(1)
+    shift = torch.tensor([0.5, -0.5, 0.5, -0.5])  # of the new log-probability over the old: ratios 1.65 and 0.61
+    transitions = dataclasses.replace(transitions, old_log_prob=transitions.old_log_prob - shift)
+    loss, metrics = trainer.calculate_loss(transitions)
+
+    (new,) = trainer.policy(trajectory, None, [1])
+    with torch.no_grad(), trainer.policy.reference():
+        (reference,) = trainer.policy(trajectory, None, [1])
+    ratio = shift.exp()
+    clipped = ratio.clamp(0.9, 1.1)
+    surrogate = transitions.advantage * clipped
+    if objective == "ppo":
+        surrogate = torch.minimum(transitions.advantage * ratio, surrogate)
+    if kl_type == "gaussian":
+        difference = (new.distribution.mean - reference.distribution.mean) / new.distribution.std.reshape(4, 1, 1, 1)
+        kl = difference.square() / 2
+    else:
+        kl = (new.model_output - reference.model_output).square()
+    kl = (kl.sum((1, 2, 3)) if reduction == "sum" else kl.mean((1, 2, 3))).mean()
+    assert kl > 1e-3
+    torch.testing.assert_close(loss, -surrogate.mean() + 0.3 * kl, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(metrics["kl"], kl.detach(), rtol=1e-5, atol=0)
+    assert metrics["policy/clip_fraction"] == 1.0
+
+
 @pytest.mark.parametrize("kl_weight", [0.0, 0.5])
 def test_8x1_equals_2x4_micro_batches(kl_weight, make_trainer, tmp_path):
     def gradients(train_batch_size, accumulation):
@@ -224,6 +267,15 @@ def test_the_first_ratio_of_every_epoch_is_1(make_trainer, lines):
     trainer.train()
     deviations = [line["policy/ratio_deviation_max"] for line in lines(trainer, "loss")]
     assert deviations[::2] == [0.0] * 3 and min(deviations[1::2]) > 0
+
+
+@pytest.mark.parametrize(("reanchor", "replays"), [(False, 1), (True, 2 + 3)])
+def test_the_ratio_is_checked_once_in_a_run(reanchor, replays, make_trainer, watch):
+    pipe = stable_diffusion()
+    calls = watch(pipe.unet)
+    make_trainer(pipe=pipe, num_epochs=3, train_reanchor=reanchor).train()
+    rollouts = 3
+    assert len(calls.rows_where(grad=False)) == (rollouts + replays) * 4
 
 
 def test_without_reanchoring_the_deviation_is_bounded_or_refused(make_trainer, lines, tmp_path):

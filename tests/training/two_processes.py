@@ -133,7 +133,7 @@ def interrupted_run(out):
 
 
 def failing_reward(out):
-    """The reward fails in process 1 only; both must hear of it, and both can go on."""
+    """Rewards or prompts fail in process 1 only; both must hear of it, and both can go on."""
 
     def fails_on_1(images, prompts, metadata):
         if trainer.accelerator.process_index == 1:
@@ -146,6 +146,17 @@ def failing_reward(out):
             trainer.train()
         except RewardError as error:
             out[name] = str(error)
+
+    def prompt_fails_on_1():
+        if trainer.accelerator.process_index == 1:
+            raise KeyError("no such prompt")
+        return "a cat", {}
+
+    trainer = make("fails in the prompts", prompts=prompt_fails_on_1)
+    try:
+        trainer.train()
+    except (KeyError, RuntimeError) as error:
+        out["fails in the prompts"] = f"{type(error).__name__}: {error}"
     trainer.accelerator.wait_for_everyone()
 
 
