@@ -275,6 +275,18 @@ def test_going_back_sets_the_later_checkpoints_aside(saved, make_trainer, metric
     assert [line["epoch"] for line in metrics(saved) if "reward" in line] == [0, 1]
 
 
+@pytest.mark.parametrize(("schedule", "said"), [("constant", False), ("linear", True)])
+def test_more_epochs_change_a_schedule_that_ends_and_that_is_said(schedule, said, make_trainer, metrics, caplog):
+    options = {"sample_num_steps": 1, "train_learning_rate": 0.8, "train_lr_scheduler": schedule}
+    make_trainer(num_epochs=4, **options).train(epochs=2)
+    longer = make_trainer(num_epochs=8, **options)
+    with caplog.at_level(logging.WARNING):
+        longer.train(epochs=3, resume_from_checkpoint=True)
+    assert ("num_epochs (4 -> 8)" in caplog.text) is said
+    rates = [line["learning_rate"] for line in metrics(longer.output_dir) if "learning_rate" in line]
+    assert rates == pytest.approx([0.6, 0.4, 0.5] if said else [0.8] * 3)
+
+
 def test_a_run_is_not_resumed_into_the_folder_of_another(saved, make_trainer, tmp_path):
     make_trainer(output_dir=str(tmp_path / "other"), sample_num_steps=2).train()
     with pytest.raises(ValueError, match="other' holds another run"):

@@ -201,6 +201,10 @@ def test_flags_win_over_yaml_and_yaml_reads_numbers_like_1e_4(from_yaml, tmp_pat
     config = parse("--config", str(tmp_path / "numbers.yaml"), "--num_epochs", "9")
     assert (config.train_learning_rate, config.sample_guidance_scale, config.num_epochs) == (1e-4, 1.0, 9)
     PARSER.set_defaults_with_config(train_learning_rate=3e-4, sample_guidance_scale=5.0, num_epochs=100)
+    # YAML takes a bare no for false
+    (tmp_path / "precision.yaml").write_text("mixed_precision: no\n")
+    assert parse("--config", str(tmp_path / "precision.yaml")).mixed_precision == "no"
+    PARSER.set_defaults_with_config(mixed_precision=None)
     # a dict in YAML may also be written as JSON
     assert from_yaml({"sample_call_kwargs": '{"height": 64}'}).sample_call_kwargs == {"height": 64}
 

@@ -303,6 +303,12 @@ def test_the_first_ratio_is_1_in_any_precision(precision, family, make_trainer, 
     assert first["kl"] > 0
 
 
+def test_without_a_precision_the_launchers_is_taken(make_trainer, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert make_trainer(mixed_precision=None).accelerator.mixed_precision == "bf16"
+    assert make_trainer(mixed_precision="no").accelerator.mixed_precision == "no"
+
+
 def test_the_reference_is_asked_once_per_transition(make_trainer, watch):
     pipe = nudged()
     calls = watch(pipe.unet)
@@ -417,6 +423,12 @@ def test_step_may_be_called_by_hand(make_trainer):
     trainer = make_trainer(sample_num_batches_per_epoch=2)
     assert trainer.step(0, 0) == 2
     assert trainer.step(1, 2) == 4
+
+
+def test_sd_pipeline_is_the_pipeline_also_where_a_name_was_given(make_trainer, tmp_path):
+    stable_diffusion().save_pretrained(tmp_path / "base")
+    trainer = make_trainer(pipe=tmp_path / "base")
+    assert trainer.sd_pipeline is trainer.pipeline and trainer.pipeline.unet is trainer.policy.denoisers["unet"]
 
 
 def test_train_takes_the_number_of_epochs(make_trainer, lines):

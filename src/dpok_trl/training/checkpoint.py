@@ -106,7 +106,8 @@ class Checkpoints:
         changed = changed_settings(state["config"], trainer.config.to_dict())
         if changed:
             logger.warning(
-                "settings differ from those of %s: %s. The optimizer and its learning-rate schedule go on as they were saved.",
+                "settings differ from those of %s: %s. The learning rate and the optimizer's other settings stay as they were saved; all else, the "
+                "length of the learning-rate schedule too, is as it is set now.",
                 checkpoint,
                 ", ".join(changed),
             )
@@ -182,9 +183,10 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`name (saved -> now)` of the settings that differ, but for [`FREE_SETTINGS`] and tracker and project arguments."""
     now = json.loads(json.dumps(now, default=str))
     names = sorted(set(saved) | set(now))
-    relevant = [
-        n for n in names if n not in FREE_SETTINGS and not n.startswith(("tracker_kwargs/", "project_kwargs/"))
-    ]
+    free = set(FREE_SETTINGS)
+    if not now["train_lr_scheduler"].startswith("constant"):
+        free.remove("num_epochs")  # the learning rate falls until the last epoch
+    relevant = [n for n in names if n not in free and not n.startswith(("tracker_kwargs/", "project_kwargs/"))]
     return [f"{n} ({saved.get(n)} -> {now.get(n)})" for n in relevant if saved.get(n) != now.get(n)]
 
 

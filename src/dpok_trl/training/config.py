@@ -253,6 +253,8 @@ class DPOKConfig:
     def __post_init__(self) -> None:
         for name in ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "sample_call_kwargs"):
             setattr(self, name, _as_dict(name, getattr(self, name)))
+        if self.mixed_precision is False:
+            self.mixed_precision = "no"  # YAML reads a bare no as false
         for item in fields(self):
             choices = item.metadata.get("choices")
             if choices is not None and getattr(self, item.name) not in choices:

@@ -95,10 +95,9 @@ class DPOKTrainer:
         )
 
         set_seed(config.seed)  # the adapter is initialised alike on all processes
-        self.sd_pipeline = sd_pipeline  # DDPO's name, for what was handed over
-        if isinstance(sd_pipeline, DefaultDPOKStableDiffusionPipeline):
-            sd_pipeline = sd_pipeline.sd_pipeline
-        self.pipeline = load_pipeline(sd_pipeline)
+        wrapper = sd_pipeline if isinstance(sd_pipeline, DefaultDPOKStableDiffusionPipeline) else None
+        self.pipeline = load_pipeline(sd_pipeline if wrapper is None else wrapper.sd_pipeline)
+        self.sd_pipeline = self.pipeline if wrapper is None else wrapper  # DDPO's name
         self.pipeline.to(self.accelerator.device)
         denoisers = find_denoisers(self.pipeline)
         refuse_unsaveable(self.pipeline, list(denoisers))
