@@ -281,10 +281,10 @@ def test_more_epochs_change_a_schedule_that_ends_and_that_is_said(schedule, said
     make_trainer(num_epochs=4, **options).train(epochs=2)
     longer = make_trainer(num_epochs=8, **options)
     with caplog.at_level(logging.WARNING):
-        longer.train(epochs=3, resume_from_checkpoint=True)
+        longer.train(epochs=4, resume_from_checkpoint=True)
     assert ("num_epochs (4 -> 8)" in caplog.text) is said
     rates = [line["learning_rate"] for line in metrics(longer.output_dir) if "learning_rate" in line]
-    assert rates == pytest.approx([0.6, 0.4, 0.5] if said else [0.8] * 3)
+    assert rates == pytest.approx([0.8, 0.6, 0.4, 0.5] if said else [0.8] * 4)
 
 
 def test_a_run_is_not_resumed_into_the_folder_of_another(saved, make_trainer, tmp_path):

@@ -11,12 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    ProjectConfiguration,
-    broadcast_object_list,
-)
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 
 from dpok_trl.training.config import DPOKConfig
 
@@ -40,19 +35,11 @@ def make_accelerator(config: DPOKConfig) -> Accelerator:
             "project_kwargs['automatic_checkpoint_naming'] is not needed: checkpoints are named checkpoint-<step>"
         )
     arguments = dict(config.accelerator_kwargs)
-    handlers = list(arguments.pop("kwargs_handlers", []))
-    if not any(isinstance(handler, DistributedDataParallelKwargs) for handler in handlers):
-        handlers.append(DistributedDataParallelKwargs())
-    for handler in handlers:
-        if isinstance(handler, DistributedDataParallelKwargs):
-            # Training changes no buffer of a denoiser, and processes may do different numbers of forward passes: they must not wait there.
-            handler.broadcast_buffers = False
     accelerator = Accelerator(
         log_with=config.log_with,
         mixed_precision=config.mixed_precision,
         project_config=ProjectConfiguration(**{"logging_dir": config.logdir, **project}),
         step_scheduler_with_optimizer=False,  # or it would step once for each process
-        kwargs_handlers=handlers,
         **arguments,
     )
     if (

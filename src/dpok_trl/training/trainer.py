@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from dpok_trl.core.advantages import PerPromptStatTracker, batch_advantages, clip_advantages, group_advantages
@@ -40,7 +41,7 @@ from dpok_trl.rewards.base import RewardError, reward_name, score
 from dpok_trl.training.batches import SampledBatch, TrainingBatch, Update, cut_batches, plan_updates
 from dpok_trl.training.checkpoint import Checkpoints
 from dpok_trl.training.config import DPOKConfig
-from dpok_trl.training.ratio import anchor, check_ratio, refuse_ratio
+from dpok_trl.training.ratio import RatioError, anchor, check_ratio, refuse_ratio
 from dpok_trl.training.setup import make_accelerator, make_optimizer, reward_threads, settle_output_dir
 
 
@@ -135,6 +136,9 @@ class DPOKTrainer:
         self.prepared_policy, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
             self.policy, optimizer, lr_scheduler
         )
+        if isinstance(self.prepared_policy, DistributedDataParallel):
+            # Training changes no buffer of a denoiser, and processes may do different numbers of forward passes: they must not wait there.
+            self.prepared_policy.broadcast_buffers = False
         self.stat_tracker = None
         if config.per_prompt_stat_tracking:
             self.stat_tracker = PerPromptStatTracker(
@@ -397,29 +401,33 @@ class DPOKTrainer:
                 values[name].append(value)
         grad_norm = self.accelerator.clip_grad_norm_(self.trainable_layers, self.config.train_max_grad_norm)
         metrics = self._reduce({**values, "grad_norm": [grad_norm]})
-        self._refuse_nonfinite("loss", metrics["loss"])
-        scaler = self.accelerator.scaler
-        if (
-            scaler is None or scaler.get_scale() < 1
-        ):  # a loss scaler leaves out the step and goes on at a lower scale, but not for ever
-            self._refuse_nonfinite("norm of the gradient", metrics["grad_norm"])
-        if self._first_update:
-            refuse_ratio(metrics["policy/ratio_deviation_max"], self.config.train_clip_range)
-            self._first_update = False
+        try:
+            self._check_update(metrics)
+        except (FloatingPointError, RatioError):
+            self.optimizer.zero_grad()  # or a later update would take these gradients in
+            raise
+        learning_rate = self.lr_scheduler.get_last_lr()[0]
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:  # fp16 found an overflow and lowers its loss scale
             self.lr_scheduler.step()
         self.optimizer.zero_grad()
-        return {**metrics, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
+        return {**metrics, "learning_rate": learning_rate}
 
-    def _refuse_nonfinite(self, what: str, value: float) -> None:
-        if math.isfinite(value):
-            return
-        self.optimizer.zero_grad()  # or a later update would take these gradients in
-        raise FloatingPointError(
-            f"the {what} is {value} in optimizer step {self.global_step + 1}. The adapter was not updated, and the last checkpoint is whole. Usual causes: "
-            "fp16 overflow (use bf16), a learning rate too high, or a step of tiny std (raise sample_min_std)."
-        )
+    def _check_update(self, metrics: dict[str, float]) -> None:
+        """Stops the run before a bad gradient reaches the adapter."""
+        scaler = self.accelerator.scaler
+        # A loss scaler leaves out a step that overflows and goes on at a lower scale, but not for ever.
+        gradient_counts = scaler is None or scaler.get_scale() < 1
+        for name, what in [("loss", "loss"), ("grad_norm", "norm of the gradient")][: 1 + gradient_counts]:
+            if not math.isfinite(metrics[name]):
+                raise FloatingPointError(
+                    f"the {what} is {metrics[name]} in optimizer step {self.global_step + 1}. The adapter was not updated, and the last "
+                    "checkpoint is whole. Usual causes: fp16 overflow (use bf16), a learning rate too high, or a step of tiny std (raise "
+                    "sample_min_std)."
+                )
+        if self._first_update:
+            refuse_ratio(metrics["policy/ratio_deviation_max"], self.config.train_clip_range)
+            self._first_update = False
 
     def _reduce(self, values: dict[str, list[torch.Tensor]]) -> dict[str, float]:
         """Means over forward passes and processes; of a `_max` the largest."""
