@@ -9,7 +9,7 @@ from tiny import FAMILIES, stable_diffusion
 
 from dpok_trl.policy.lora import adapter_layers, adapter_name
 from dpok_trl.policy.policy import find_denoisers
-from dpok_trl.training import trainer as trainer_module
+from dpok_trl.training import publishing
 
 
 def image(pipe) -> torch.Tensor:
@@ -160,7 +160,7 @@ def pushed(monkeypatch):
         pushes.append(({path.name: path.read_bytes() for path in folder.iterdir()}, repo_id, private))
         return f"https://huggingface.co/{repo_id}/commit/1"
 
-    monkeypatch.setattr(trainer_module, "push_folder", push)
+    monkeypatch.setattr(publishing, "push_folder", push)
     return pushes
 
 

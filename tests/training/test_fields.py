@@ -12,8 +12,7 @@ from tiny import stable_diffusion, stable_diffusion_3
 
 from dpok_trl import DPOKConfig
 from dpok_trl.policy.lora import adapter_layers
-from dpok_trl.training import setup
-from dpok_trl.training import trainer as trainer_module
+from dpok_trl.training import publishing, setup
 
 
 CASES = {}
@@ -348,13 +347,13 @@ def _learning_rate(run, monkeypatch):
 
 @case("train_lr_scheduler")
 def _lr_scheduler(run, monkeypatch):
-    assert rates(run, train_lr_scheduler="linear") == pytest.approx([0.0075, 0.005, 0.0025, 0.0])
+    assert rates(run, train_lr_scheduler="linear") == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
 
 
 @case("train_lr_warmup_steps")
 def _warmup(run, monkeypatch):
     warm = rates(run, train_lr_scheduler="linear", train_lr_warmup_steps=2)
-    assert warm == pytest.approx([0.005, 0.01, 0.005, 0.0])
+    assert warm == pytest.approx([0.0, 0.005, 0.01, 0.005])
 
 
 @case("train_adam_beta1", "train_adam_beta2", "train_adam_weight_decay", "train_adam_epsilon")
@@ -497,7 +496,7 @@ def _kl_weight(run, monkeypatch):
 def pushed(run, monkeypatch, **kwargs):
     calls = []
     monkeypatch.setattr(
-        trainer_module,
+        publishing,
         "push_folder",
         lambda folder, repo_id, *, commit_message, private: calls.append((repo_id, private)),
     )
