@@ -34,9 +34,9 @@ from .world import IMAGE_SIZE, TASKS, check, fidelity
 
 
 PROMPT_TOKENS = 16
+
+#: What the captions of the data set are made of.
 CATEGORY_SHARES = {"single": 0.2, "count": 0.25, "pair": 0.25, "relation": 0.3}
-
-
 #: Combinations the data mostly gets wrong, as photographs do a green rabbit.
 RARE = {("green", "triangle"), ("purple", "square"), ("yellow", "circle"), ("orange", "cross")}
 #: From top to bottom, as the data likes to stack shapes: what large models have seen of suns and houses.
@@ -83,8 +83,8 @@ class Recipe:
     vae_batch: int = 32
     vae_lr: float = 1.5e-3
     steps: int = 10_000
-    lr_horizon: int = 16_000
-    cooldown: int = 2_000
+    lr_horizon: float = 1.6  # where the cosine would end, as a share of all steps; the cool-down cuts it short
+    cooldown: float = 0.2  # last share of the steps, over which the learning rate also falls linearly to 0
     batch: int = 64
     lr: float = 1e-3
     warmup: int = 300
@@ -255,7 +255,7 @@ def to_model_range(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1.0
 
 
-def set_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, horizon: int, warmup: int) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, horizon: float, warmup: int) -> None:
     """Linear warm-up, then a cosine that comes down to 2 % of the peak at `horizon`."""
     ramp = min(1.0, (step + 1) / warmup)
     decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / horizon))
