@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -168,6 +169,20 @@ def test_resumed_training_equals_unbroken_training(tmp_path: Path, monkeypatch: 
     pretrain.pretrain(broken, TINY, seed=5, state_path=tmp_path / "state.pt")
     for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
         assert (broken / f"{name}.safetensors").read_bytes() == (unbroken / f"{name}.safetensors").read_bytes(), name
+
+
+def test_the_joint_learning_rate_is_the_recipes() -> None:
+    pipeline = build_pipeline()
+    training = pretrain.JointTraining(pipeline, replace(TINY, steps=10, warmup=1, lr=1.0), seed=0)
+    ids = pipeline.tokenizer(["a circle"], padding="max_length", return_tensors="pt").input_ids
+    rates = []
+    for _ in range(10):
+        training.train_step(ids, ids, torch.randn(2, 1, 4, 8, 8), torch.zeros(1))
+        rates.append(training.optimizer.param_groups[0]["lr"])
+    # By hand: a cosine to 2 % at step 16, and a linear factor of 1/2 at the last of the two cooling steps.
+    expected = [0.02 + 0.49 * (1 + math.cos(math.pi * step / 16)) for step in range(10)]
+    expected[9] *= 0.5
+    assert rates == pytest.approx(expected, rel=1e-12)
 
 
 def test_training_lowers_the_loss_and_moves_the_average() -> None:

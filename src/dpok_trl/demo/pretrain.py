@@ -390,10 +390,8 @@ class JointTraining:
         timesteps = (spread * scheduler.config.num_train_timesteps).long()
         noise = torch.randn(clean.shape, generator=generator)
         noisy = scheduler.add_noise(clean, noise, timesteps)
-        cooling = min(
-            1.0, (recipe.steps - self.step) / recipe.cooldown
-        )  # the cosine is cut short, so it is brought down
-        set_lr(self.optimizer, recipe.lr * cooling, self.step, recipe.lr_horizon, recipe.warmup)
+        cooling = min(1.0, (recipe.steps - self.step) / (recipe.cooldown * recipe.steps))
+        set_lr(self.optimizer, recipe.lr * cooling, self.step, recipe.lr_horizon * recipe.steps, recipe.warmup)
         prediction = self.unet(noisy, timesteps, self.text_encoder(tokens).last_hidden_state).sample
         loss_weights = (1 / scheduler.alphas_cumprod[timesteps]).clamp(max=weight_cap)
         loss = (loss_weights * (prediction - noise).square().mean(dim=(1, 2, 3))).mean()
