@@ -365,13 +365,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_trainer, tmp_path)
     assert largest_difference(list(plain.values()), list(checkpointed.values())) < 1e-6
 
 
-SCHEDULES = {  # of 6 steps, the first 2 of which warm up; what is used next after each
+SCHEDULES = {  # of 6 steps, the first 2 of which warm up
     "constant": [1, 1, 1, 1, 1, 1],
-    "constant_with_warmup": [1 / 2, 1, 1, 1, 1, 1],
-    "linear": [1 / 2, 1, 3 / 4, 2 / 4, 1 / 4, 0],
-    "cosine": [1 / 2, 1, 0.5 + 2**-1.5, 0.5, 0.5 - 2**-1.5, 0],
-    "cosine_with_restarts": [1 / 2, 1, 0.5 + 2**-1.5, 0.5, 0.5 - 2**-1.5, 0],
-    "polynomial": [1 / 2, 1, 3 / 4, 2 / 4, 1 / 4, 0],
+    "constant_with_warmup": [0, 1 / 2, 1, 1, 1, 1],
+    "linear": [0, 1 / 2, 1, 3 / 4, 2 / 4, 1 / 4],
+    "cosine": [0, 1 / 2, 1, 0.5 + 2**-1.5, 0.5, 0.5 - 2**-1.5],
+    "cosine_with_restarts": [0, 1 / 2, 1, 0.5 + 2**-1.5, 0.5, 0.5 - 2**-1.5],
+    "polynomial": [0, 1 / 2, 1, 3 / 4, 2 / 4, 1 / 4],
 }
 
 
@@ -382,7 +382,7 @@ def test_learning_rate_schedules(name, make_trainer, lines):
     )  # fmt: skip
     trainer.train()
     rates = [line["learning_rate"] / 0.1 for line in lines(trainer, "learning_rate")]
-    assert rates == pytest.approx(SCHEDULES[name], abs=1e-5)  # polynomial ends at 1e-7
+    assert rates == pytest.approx(SCHEDULES[name], abs=1e-5)  # polynomial goes to 1e-7 instead of 0
 
 
 def test_a_step_that_is_no_action_is_left_out(make_trainer, watch):
