@@ -56,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
+    # Before torch is loaded: its threads spin while they wait, and on a busy machine each waits for a core that another one spins on.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from dpok_trl.demo.scenes import parse_prompt
 
     parse_prompt(args.prompt)  # before anything is loaded
@@ -79,7 +81,7 @@ def _run(args: argparse.Namespace, started: float) -> int:
     size = sum(parameter.numel() for parameter in trainer.trainable_layers)
     print(
         f"Prompt “{args.prompt}”, reward {args.reward}: {args.epochs} epochs of {IMAGES_PER_EPOCH} images in {STEPS} steps, LoRA of {size:,} "
-        f"parameters, kl_weight {args.kl_weight:g}, {threads} CPU threads.",
+        f"parameters, kl_weight {args.kl_weight:g}, {threads} CPU {'thread' if threads == 1 else 'threads'}.",
         flush=True,
     )
     trainer.train()

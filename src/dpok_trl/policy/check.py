@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
+from dpok_trl.policy.loading import load_pipeline
 from dpok_trl.policy.lora import adapter_name, default_lora_config, prepare_adapter
 from dpok_trl.policy.policy import Policy, UnsupportedPipelineError, find_denoisers
 from dpok_trl.policy.reentry import ReplayError
@@ -69,7 +71,7 @@ class PipelineReport:
 
 
 def check_pipeline(
-    pipe: DiffusionPipeline,
+    pipe: DiffusionPipeline | str | Path,
     *,
     prompts: tuple[str, ...] = ("a photo of a cat", "a red circle"),
     kind: str = "auto",
@@ -82,7 +84,7 @@ def check_pipeline(
     A pipeline without an adapter gets one for the time of the check. The pipeline is left as it was.
 
     Args:
-        pipe (`DiffusionPipeline`)
+        pipe (`DiffusionPipeline`, `str` or `Path`): A pipeline, a Hub id or a folder.
         prompts (`tuple[str, ...]`): A batch of at least two shows more than one.
         kind, eta, noise_level: See [`Policy`].
         call_kwargs: Arguments of the pipeline's call, as in training: `num_inference_steps`, `guidance_scale`, `height` ...
@@ -90,6 +92,7 @@ def check_pipeline(
     Returns:
         [`PipelineReport`]: With `ok=False` and a `reason` for what cannot be a policy; other errors (a wrong call argument, say) are raised.
     """
+    pipe = load_pipeline(pipe)
     names = (type(pipe).__name__, type(pipe.scheduler).__name__)
     try:
         with _some_adapter(pipe):

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 
 TRACKERS = ("all", "tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
@@ -255,12 +255,23 @@ class DPOKConfig:
             setattr(self, name, _as_dict(name, getattr(self, name)))
         if self.mixed_precision is False:
             self.mixed_precision = "no"  # YAML reads a bare no as false
+        self._check_types()
         for item in fields(self):
             choices = item.metadata.get("choices")
             if choices is not None and getattr(self, item.name) not in choices:
                 raise ValueError(_unknown_choice(item.name, getattr(self, item.name), choices))
         self._check_ranges()
         self._check_combinations()
+
+    def _check_types(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            allowed = get_args(hint) or (hint,)
+            value = getattr(self, name)
+            if float in allowed and type(value) is int:
+                continue
+            if type(value) not in allowed:
+                needed = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
+                raise ValueError(f"{name} = {value!r} is of type {type(value).__name__}, but it must be {needed}.")
 
     def _check_ranges(self) -> None:
         for name in (

@@ -149,6 +149,7 @@ class DPOKTrainer(PublishingMixin):
         self.global_step = 0
         self.seconds = 0.0  # of training, over all resumed parts
         self.last_metrics: dict[str, float] = {}
+        self._shown: dict[str, float] = {}  # beside the progress bar: means of the epoch
         self._ratio_checked = False
         self._first_update = False  # the next update is the first after the check
         self._reanchor = config.train_reanchor  # None: not decided yet
@@ -184,6 +185,8 @@ class DPOKTrainer(PublishingMixin):
             config={k: v for k, v in self.config.to_dict().items() if isinstance(v, (int, float, str, bool))},
             init_kwargs=self.config.tracker_kwargs,
         )
+        if self.config.output_dir is None:
+            self.accelerator.print(f"Everything this run leaves goes to {self.output_dir}")
         last = self.config.num_epochs if epochs is None else epochs
         started = time.monotonic() - self.seconds
         progress = tqdm(
@@ -197,7 +200,7 @@ class DPOKTrainer(PublishingMixin):
             self.global_step = self.step(epoch, self.global_step)
             self.first_epoch = epoch + 1
             self.seconds = time.monotonic() - started
-            progress.set_postfix({k: f"{v:.4g}" for k, v in self.last_metrics.items() if k in ("reward", "kl")})
+            progress.set_postfix({name: f"{value:.4g}" for name, value in self._shown.items()})
             if epoch + 1 == last or (self.config.save_freq and (epoch + 1) % self.config.save_freq == 0):
                 self.checkpoints.save()
         for tracker in self.accelerator.trackers:
@@ -214,12 +217,15 @@ class DPOKTrainer(PublishingMixin):
 
         started = time.monotonic()
         training_batches = self._training_batches(batches, advantages)
+        kl = []
         for inner_epoch in range(self.config.train_num_inner_epochs):
             for update in self._updates(training_batches, epoch, inner_epoch):
                 metrics = self._update(update)
                 self.global_step = global_step = global_step + 1
                 self._log({"epoch": epoch, "inner_epoch": inner_epoch, **metrics}, global_step)
+                kl += [metrics["kl"]] if "kl" in metrics else []
         self._log({"epoch": epoch, "time/update": time.monotonic() - started}, global_step)
+        self._shown = {"reward": rewards.mean().item()} | ({"kl": sum(kl) / len(kl)} if kl else {})
         return global_step
 
     # ---------------------------------------------------------------- sampling and rewards
@@ -459,9 +465,11 @@ class DPOKTrainer(PublishingMixin):
         if not self.accelerator.is_main_process:
             return
         if self.config.sample_grid_freq and epoch % self.config.sample_grid_freq == 0:
-            first = batches[0]
             grid = self.run_log.sample_grid(
-                first.trajectory.images, first.trajectory.prompts, first.rewards.tolist(), epoch
+                torch.cat([batch.trajectory.images for batch in batches]),
+                [prompt for batch in batches for prompt in batch.trajectory.prompts],
+                torch.cat([batch.rewards for batch in batches]).tolist(),
+                epoch,
             )
             log_images_to(self.accelerator.trackers, "samples", [grid], [f"epoch {epoch}"], global_step)
         if self.image_samples_callback is not None:
