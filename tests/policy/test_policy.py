@@ -397,11 +397,28 @@ def test_lora_settings_that_would_do_nothing_or_harm_are_refused(settings, messa
     assert adapter_name(unet) is None
 
 
+def test_a_loaded_adapter_that_does_not_act_at_full_strength_is_refused():
+    pipe = tiny.with_adapter(tiny.stable_diffusion(), rank=4, alpha=8, nudged=True)
+    assert prepare_adapter(pipe.unet) == "default"
+    pipe.set_adapters(["default"], [0.5])
+    with pytest.raises(ValueError, match=r"is scaled by 0\.5, which its file would not hold. Call `pipe.set_adapters"):
+        prepare_adapter(pipe.unet)
+    pipe.set_adapters(["default"], [1.0])
+    assert prepare_adapter(pipe.unet) == "default"
+    pipe.unet.disable_adapters()
+    with pytest.raises(ValueError, match=r"is disabled. Call `pipe.enable_lora\(\)`"):
+        prepare_adapter(pipe.unet)
+    pipe.unet.enable_adapters()
+    pipe.unet.fuse_lora()
+    with pytest.raises(ValueError, match=r"is fused into the base. Call `pipe.unfuse_lora\(\)`"):
+        prepare_adapter(pipe.unet)
+
+
 def test_images_that_are_no_numbers_are_not_rewarded(sd):
     handle = sd.pipe.vae.decoder.register_forward_hook(lambda module, args, output: output * float("nan"))
     try:
         with pytest.raises(
-            FloatingPointError, match="images with NaN or infinite values. Usual cause: a VAE that overflows"
+            FloatingPointError, match="images with NaN or infinite values. Usual causes: a VAE that overflows"
         ):
             sd.rollout(PROMPTS, SEEDS)
     finally:

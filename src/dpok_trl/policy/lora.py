@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,12 +93,37 @@ def prepare_adapter(module: nn.Module, config: LoraConfig | None = None) -> str:
             f"{type(module).__name__} already has the adapter '{name}', and a `peft_config` was given for a new one. Leave `peft_config` "
             "out to go on training the loaded adapter, or call `pipe.unload_lora_weights()` first to start afresh."
         )
+    else:
+        refuse_altered(module, name)
     module.requires_grad_(False)
     for parameter_name, parameter in module.named_parameters():
         if f".{name}." in parameter_name and "lora_" in parameter_name:
             parameter.requires_grad_(True)
     cast_training_params(module, torch.float32)
     return name
+
+
+def refuse_altered(module: nn.Module, name: str) -> None:
+    """Raises `ValueError` for a loaded adapter that does not act at full strength: what is trained would not be what its file says."""
+    config = module.peft_config[name]
+    for layer in adapter_layers(module):
+        if layer.disable_adapters:
+            raise ValueError(
+                f"the adapter '{name}' of {type(module).__name__} is disabled. Call `pipe.enable_lora()` first."
+            )
+        if layer.merged:
+            raise ValueError(
+                f"the adapter '{name}' of {type(module).__name__} is fused into the base. Call `pipe.unfuse_lora()` first."
+            )
+        if name not in layer.scaling:
+            continue
+        rank = layer.r[name]
+        strength = layer.lora_alpha[name] / (math.sqrt(rank) if config.use_rslora else rank)
+        if not math.isclose(layer.scaling[name], strength):
+            raise ValueError(
+                f"the adapter '{name}' of {type(module).__name__} is scaled by {layer.scaling[name] / strength:.3g}, which its file would not hold. "
+                f"Call `pipe.set_adapters('{name}', 1.0)` first."
+            )
 
 
 def refuse_unsuitable(config: LoraConfig) -> None:
@@ -203,4 +229,6 @@ def refuse_unsaveable(pipe: DiffusionPipeline, names: list[str]) -> None:
 
 
 def _metadata(module: nn.Module) -> dict[str, Any]:
-    return module.peft_config[adapter_name(module)].to_dict()
+    metadata = module.peft_config[adapter_name(module)].to_dict()
+    # peft holds names in sets, whose order differs from process to process, and so would the bytes of the file
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in metadata.items()}

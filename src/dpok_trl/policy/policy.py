@@ -222,7 +222,8 @@ def _checked_images(images: Any, count: int) -> torch.Tensor:
     images = images.float()
     if not images.isfinite().all():
         raise FloatingPointError(
-            "the pipeline gave images with NaN or infinite values. Usual cause: a VAE that overflows in fp16; use bf16, or keep the VAE in fp32."
+            "the pipeline gave images with NaN or infinite values. Usual causes: a VAE that overflows in fp16 (use bf16, or keep the VAE in "
+            "fp32), or an adapter that has diverged (a lower learning rate)."
         )
     return images
 

@@ -299,8 +299,8 @@ class DPOKConfig:
             "train_adam_weight_decay",
             "kl_weight",
         ):
-            if not getattr(self, name) >= 0:  # NaN neither
-                raise ValueError(f"{name} = {getattr(self, name)}, but it must not be negative.")
+            if not 0 <= getattr(self, name) < math.inf:  # NaN neither
+                raise ValueError(f"{name} = {getattr(self, name)}, but it must be finite and not negative.")
         for name in (
             "sample_noise_level",
             "train_learning_rate",
@@ -309,10 +309,10 @@ class DPOKConfig:
             "train_adv_clip_max",
             "train_adam_epsilon",
         ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)}, but it must be positive.")
-        if self.seed < 0:
-            raise ValueError(f"seed = {self.seed}, but it must not be negative.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)}, but it must be positive and finite.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed = {self.seed}, but it must be in [0, 2^32), as numpy takes it.")
         if not 0 < self.sample_eta <= 1:
             raise ValueError(
                 f"sample_eta = {self.sample_eta}, but it must be in (0, 1]: at 0 every step is deterministic and there is no policy to train."
