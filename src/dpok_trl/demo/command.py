@@ -56,9 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
-    # Before torch is loaded: its threads spin while they wait, and on a busy machine each spins on a core that another one needs. A short spin
-    # keeps the speed of an idle machine (1.6 s an epoch; 2.7 without spinning) and does not collapse on a busy one.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from dpok_trl.demo.scenes import parse_prompt
 
     parse_prompt(args.prompt)  # before anything is loaded
@@ -219,12 +216,16 @@ def refuse_other_run(output: Path) -> None:
 
 
 def limit_threads() -> int:
-    """Sets the number of torch's threads to the cores this process may use, and returns it. OMP_NUM_THREADS, where set, holds."""
+    """Sets the number of torch's threads, and returns it: half the cores that this process may use. OMP_NUM_THREADS, where set, holds.
+
+    With one on every core an idle machine of two cores is a third faster, and a busy one up to a hundred times slower: threads of OpenMP
+    wait for each other at every operation, and each for a core that something else holds.
+    """
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
         # torch counts the machine's cores; a container may be allowed fewer
-        torch.set_num_threads(min(torch.get_num_threads(), cpu_quota(), MOST_THREADS))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cpu_quota(), MOST_THREADS) // 2))
     return torch.get_num_threads()
 
 
