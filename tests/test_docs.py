@@ -287,3 +287,10 @@ def test_complete_example_runs(runs, code, tmp_path, monkeypatch):
 
 def test_an_example_is_complete():
     assert any(block.values[0] for block in BLOCKS), "no block is marked <!-- test: run -->"
+
+
+def test_the_readme_is_finished():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert "@@" not in text
+    for target in re.findall(r"\]\(((?:docs|CHANGELOG)[^)#]*)\)", text):
+        assert (REPOSITORY / target).exists(), target
