@@ -20,7 +20,7 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
 
 
-def _t5_settings() -> dict[str, int]:
+def _t5_settings(**kwargs) -> dict[str, int]:
     return {
         "vocab_size": T5_VOCABULARY,
         "d_model": WIDTH,
@@ -29,14 +29,15 @@ def _t5_settings() -> dict[str, int]:
         "num_layers": 1,
         "num_heads": 2,
         "relative_attention_num_buckets": 8,
+        **kwargs,
     }
 
 
 @component("T5EncoderModel")
-def t5_encoder() -> T5EncoderModel:
-    return T5EncoderModel(T5Config(**_t5_settings()))
+def t5_encoder(**kwargs) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(**_t5_settings(**kwargs)))
 
 
 @component("UMT5EncoderModel")
-def umt5_encoder() -> UMT5EncoderModel:
-    return UMT5EncoderModel(UMT5Config(**_t5_settings()))
+def umt5_encoder(**kwargs) -> UMT5EncoderModel:
+    return UMT5EncoderModel(UMT5Config(**_t5_settings(**kwargs)))
