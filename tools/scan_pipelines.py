@@ -1,0 +1,344 @@
+"""Which of diffusers' pipelines can be a policy? Builds a tiny one of every class, checks it, and writes docs/pipelines.md.
+
+    PYTHONPATH=tools python tools/scan_pipelines.py --jobs 2
+    PYTHONPATH=tools python tools/scan_pipelines.py --only "StableDiffusion*" --output -
+
+A class passes if (1) `check_pipeline` replays every stochastic step with exactly the log-probability of the rollout, (2) every denoiser gets a
+gradient, and (3) the rollout is the pipeline's own: against a call of the untouched pipeline with its own scheduler, every input of every call
+of every denoiser agrees, and so do the images. For (3) the noise of the policy is taken to its limit 0 where the scheduler is deterministic;
+schedulers that draw noise are compared at the noise they draw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fnmatch
+import inspect
+import multiprocessing
+import signal
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from zoo import NotBuildable, build, call_arguments
+
+from dpok_trl import check_pipeline
+from dpok_trl.policy.lora import adapter_name, default_lora_config, prepare_adapter
+from dpok_trl.policy.policy import Policy
+
+
+TIME_LIMIT = 120  # seconds for a class
+PROMPTS = ("a photo of a cat", "a red circle")
+VANISHING = 1e-6  # eta at which the policy is the deterministic sampler, to the tolerance below
+SAME_PATH = 2e-4  # fp32, relative to the largest value: eta = 1e-6 and four steps through random networks
+
+# Schedulers that draw noise in every step, as the policy does with eta = 1; all others are deterministic by default.
+DRAWS_NOISE = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
+
+PASSES, REFUSED, NOT_BUILDABLE, FAILS, NO_PROMPT = "passes", "refused", "not buildable here", "fails", "no prompt"
+MEANING = {
+    PASSES: "replays with ratio exactly 1, every denoiser gets a gradient, the rollout is the pipeline's own",
+    REFUSED: "`check_pipeline` says that it cannot be a policy as it is, and why",
+    FAILS: "accepted, but something goes wrong",
+    NOT_BUILDABLE: "no tiny pipeline could be made to try it with",
+    NO_PROMPT: "the call takes no prompt, so it is out of the package's scope",
+}
+GROUPS = {
+    "Text to image": "Nothing but a prompt is needed.",
+    "With an image": "The call takes images too: image-to-image, inpainting, control, editing, super-resolution.",
+    "Video": "The call makes frames, or takes them.",
+    "Audio": "No images come out.",
+    "Without a prompt": "Priors, decoders, unconditional and class-conditional pipelines.",
+}
+IMAGE_ARGUMENTS = {"image", "mask_image", "control_image", "init_image", "source_image", "example_image", "images"}
+VIDEO_ARGUMENTS = {"num_frames", "video", "video_length", "frames", "conditioning_frames", "num_latent_frames"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One class in the table; `ratio_deviation` is the largest |ratio - 1|, `path_deviation` the largest relative difference from the
+    untouched pipeline."""
+
+    name: str
+    group: str
+    verdict: str
+    scheduler: str = ""
+    detail: str = ""
+    ratio_deviation: float | None = None
+    path_deviation: float | None = None
+
+
+def exported_pipelines() -> dict[str, type[DiffusionPipeline]]:
+    """Every subclass of `DiffusionPipeline` that `import diffusers` exports, by name."""
+    found = {}
+    for name in sorted(name for name in dir(diffusers) if "Pipeline" in name):
+        value = getattr(diffusers, name)
+        if inspect.isclass(value) and issubclass(value, DiffusionPipeline) and value is not DiffusionPipeline:
+            found[name] = value
+    return found
+
+
+def group_of(pipeline_class: type[DiffusionPipeline]) -> str:
+    taken = set(inspect.signature(pipeline_class.__call__).parameters)
+    if "prompt" not in taken:
+        return "Without a prompt"
+    if any("audio" in name or "waveform" in name for name in taken) and not taken & VIDEO_ARGUMENTS:
+        return "Audio"
+    if taken & VIDEO_ARGUMENTS:
+        return "Video"
+    return "With an image" if taken & IMAGE_ARGUMENTS else "Text to image"
+
+
+def examine(pipeline_class: type[DiffusionPipeline]) -> Row:
+    """Builds, checks and compares one class."""
+    name, group = pipeline_class.__name__, group_of(pipeline_class)
+    if "prompt" not in inspect.signature(pipeline_class.__call__).parameters:
+        return Row(name, group, NO_PROMPT)
+    try:
+        pipe = build(pipeline_class)
+    except NotBuildable as error:
+        return Row(name, group, NOT_BUILDABLE, detail=str(error))
+    except Exception as error:  # a constructor may raise anything; it becomes the row, in its own words
+        return Row(name, group, NOT_BUILDABLE, detail=f"the constructor raises {_in_words(error)}")
+    scheduler = type(pipe.scheduler).__name__ if getattr(pipe, "scheduler", None) is not None else ""
+    try:
+        report = check_pipeline(pipe, prompts=PROMPTS, **call_arguments(pipe))
+        deviation = max((abs(step.ratio - 1.0) for step in report.steps), default=None)
+        if not report.ok:
+            return Row(name, group, FAILS if report.steps else REFUSED, scheduler, report.reason, deviation)
+        problem, path_deviation = compare_with_untouched(pipe)
+    except Exception as error:  # likewise
+        return Row(name, group, FAILS, scheduler, _in_words(error))
+    return Row(name, group, FAILS if problem else PASSES, scheduler, problem, deviation, path_deviation)
+
+
+def compare_with_untouched(pipe: DiffusionPipeline) -> tuple[str, float]:
+    """The policy against the pipeline itself: what is wrong ("" if nothing), and the largest difference found."""
+    arguments = call_arguments(pipe)
+    draws_noise = type(pipe.scheduler).__name__ in DRAWS_NOISE
+    policy = Policy(pipe, call_kwargs=arguments, kind="ancestral", eta=1.0 if draws_noise else VANISHING)
+    for denoiser in policy.denoisers.values():
+        if adapter_name(denoiser) is None:
+            prepare_adapter(denoiser, default_lora_config(rank=4))
+    seeds = list(range(len(PROMPTS)))
+
+    with recorded_calls(policy.denoisers) as ours:
+        trajectory = policy.rollout(PROMPTS, seeds=seeds)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with recorded_calls(policy.denoisers) as theirs, recorded_steps(pipe, generators) as timesteps, torch.no_grad():
+        output = pipe(prompt=list(PROMPTS), generator=generators, output_type="pt", return_dict=False, **arguments)
+
+    problems = []
+    visited = trajectory.recording.grid.timesteps.tolist()
+    if visited != [float(timestep) for timestep in timesteps]:
+        problems.append(f"the rollout visits the timesteps {visited}, the untouched pipeline {timesteps}")
+    if len(ours) != len(theirs):
+        problems.append(f"{len(ours)} calls of denoisers in the rollout, {len(theirs)} in the untouched pipeline")
+    first = largest_difference(ours[:1], theirs[:1])
+    if first != 0.0:
+        problems.append(f"the first call of the denoiser differs by {first:.3g} from that of the untouched pipeline")
+    path = max(largest_difference(ours, theirs), largest_difference(trajectory.images, _images(output, trajectory)))
+    if not path <= SAME_PATH:
+        problems.append(f"the rollout differs by {path:.3g} from the untouched pipeline")
+    problems += denoisers_without_gradient(policy, trajectory)
+    return "; ".join(problems), path
+
+
+def denoisers_without_gradient(policy: Policy, trajectory: Any) -> list[str]:
+    policy.zero_grad()
+    for step in trajectory.steps:
+        (replayed,) = policy(trajectory, steps=[step])
+        replayed.log_prob.sum().backward()
+    missing = []
+    for name, denoiser in policy.denoisers.items():
+        gradients = [parameter.grad for parameter in denoiser.parameters() if parameter.grad is not None]
+        if not any(bool(gradient.any()) for gradient in gradients):
+            missing.append(f"`{name}` gets no gradient")
+    return missing
+
+
+# ---------------------------------------------------------------- what happened in a call
+
+
+@contextmanager
+def recorded_calls(denoisers: torch.nn.ModuleDict) -> Iterator[list[tuple[str, Any]]]:
+    """The name and a copy of the inputs of every call of a denoiser."""
+    calls: list[tuple[str, Any]] = []
+
+    def record(name: str) -> Callable:
+        return lambda module, args, kwargs: calls.append((name, (_copied(args), _copied(kwargs))))
+
+    handles = [module.register_forward_pre_hook(record(name), with_kwargs=True) for name, module in denoisers.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def recorded_steps(pipe: DiffusionPipeline, generators: list[torch.Generator]) -> Iterator[list[float]]:
+    """The timesteps of every `scheduler.step`, which is given `generators` where it takes them and the pipeline does not pass any."""
+    timesteps: list[float] = []
+    scheduler = pipe.scheduler
+    original = scheduler.step
+    takes_generator = "generator" in inspect.signature(original).parameters
+
+    @wraps(original)
+    def step(model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        timesteps.append(float(torch.as_tensor(timestep).flatten()[0]))
+        if takes_generator and kwargs.get("generator") is None:
+            kwargs["generator"] = generators
+        return original(model_output, timestep, *args, **kwargs)
+
+    scheduler.step = step
+    try:
+        yield timesteps
+    finally:
+        del scheduler.step
+
+
+def largest_difference(one: Any, two: Any) -> float:
+    """The largest difference of the numbers in two nested values, relative to the largest number in each tensor (if above 1); infinite where
+    they are built differently. Objects other than tensors, numbers and text are compared by type."""
+    if type(one) is not type(two):
+        return float("inf")
+    if isinstance(one, torch.Tensor):
+        if one.shape != two.shape or one.dtype != two.dtype:
+            return float("inf")
+        if one.numel() == 0 or torch.equal(one, two):
+            return 0.0
+        one, two = one.double(), two.double()
+        return ((one - two).abs().max() / two.abs().max().clamp(min=1.0)).item()
+    if isinstance(one, dict):
+        if one.keys() != two.keys():
+            return float("inf")
+        return max((largest_difference(one[key], two[key]) for key in one), default=0.0)
+    if isinstance(one, (list, tuple)):
+        if len(one) != len(two):
+            return float("inf")
+        return max((largest_difference(a, b) for a, b in zip(one, two, strict=True)), default=0.0)
+    return 0.0 if not isinstance(one, (str, int, float, bool)) or one == two else float("inf")
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
+
+
+def _images(output: Any, trajectory: Any) -> torch.Tensor:
+    """What an untouched pipeline returned, as the policy gives images: float32."""
+    images = output[0]
+    if isinstance(images, (list, tuple)):
+        images = torch.stack(list(images))
+    return torch.as_tensor(images).float()
+
+
+def _in_words(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+# ---------------------------------------------------------------- all of them, and the table
+
+
+def scan(names: list[str], jobs: int = 1) -> list[Row]:
+    """The rows of the classes of these names, each under a time limit."""
+    if jobs == 1:
+        return [_examine_in_time(name) for name in names]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_examine_in_time, names))
+
+
+def _examine_in_time(name: str) -> Row:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
+    pipeline_class = exported_pipelines()[name]
+
+    def out_of_time(*_: Any) -> None:
+        raise TimeoutError(f"longer than {TIME_LIMIT} s")
+
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.alarm(TIME_LIMIT)
+    try:
+        row = examine(pipeline_class)
+    finally:
+        signal.alarm(0)
+    print(f"{row.name}: {row.verdict}{': ' if row.detail else ''}{row.detail}", file=sys.stderr, flush=True)
+    return row
+
+
+def table(rows: list[Row], command: str) -> str:
+    """The page: what was run, counts, and one row for each class."""
+    counts = Counter(row.verdict for row in rows)
+    prompted = len(rows) - counts[NO_PROMPT]
+    text = [
+        "# Pipelines",
+        "",
+        "Every pipeline class of diffusers, tried at a tiny size with random weights. Written by a tool; do not edit.",
+        "",
+        f"* Run: `{command}` on {datetime.date.today().isoformat()}, diffusers {diffusers.__version__}, torch {torch.__version__}, CPU, fp32",
+        f"* {len(rows)} classes, {prompted} take a prompt; of these {counts[PASSES]} pass",
+        "",
+        "| verdict | classes | meaning |",
+        "|---|---|---|",
+        *(f"| {verdict} | {counts[verdict]} | {meaning} |" for verdict, meaning in MEANING.items()),
+        "",
+        "*Ratio*: the largest |ratio - 1| of a replayed step, which must be exactly 0. *Path*: the largest difference between a rollout and the",
+        "untouched pipeline with its own scheduler, over the inputs of every call of every denoiser and the images, relative to the largest value",
+        f"of each; at most {SAME_PATH:g} passes. *Scheduler*: the one it was tried with.",
+    ]
+    for group, meaning in GROUPS.items():
+        members = [row for row in rows if row.group == group]
+        if not members:
+            continue
+        passing = sum(row.verdict == PASSES for row in members)
+        heading = group if group == "Without a prompt" else f"{group}: {passing} of {len(members)}"
+        text += ["", f"## {heading}", "", meaning, ""]
+        text += ["| Pipeline | verdict | scheduler | ratio | path |", "|---|---|---|---|---|"]
+        text += [_line(row) for row in sorted(members, key=lambda row: row.name)]
+    return "\n".join(text) + "\n"
+
+
+def _line(row: Row) -> str:
+    verdict = f"**{row.verdict}**" if row.verdict == PASSES else row.verdict
+    if row.detail:
+        verdict += ": " + " ".join(row.detail.split()).replace("|", "\\|")
+    numbers = ["" if value is None else f"{value:.2g}" for value in (row.ratio_deviation, row.path_deviation)]
+    return f"| {row.name} | {verdict} | {row.scheduler} | {' | '.join(numbers)} |"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="*", help="pattern of class names, as in a shell")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--output", default="docs/pipelines.md", help="file to write, or - for the screen")
+    options = parser.parse_args(arguments)
+    names = fnmatch.filter(exported_pipelines(), options.only)
+    if not names:
+        parser.error(f"--only {options.only!r} matches no pipeline of diffusers")
+    command = "python tools/scan_pipelines.py" + ("" if options.only == "*" else f" --only {options.only!r}")
+    page = table(scan(names, options.jobs), command)
+    if options.output == "-":
+        print(page)
+    else:
+        Path(options.output).write_text(page)
+
+
+if __name__ == "__main__":
+    main()
