@@ -33,7 +33,7 @@ from transformers import (
     Qwen3Model,
 )
 
-from zoo.registry import argument, component
+from zoo.registry import component
 from zoo.stable_diffusion import WIDTH
 
 
@@ -198,9 +198,3 @@ def mistral3() -> Mistral3ForConditionalGeneration:
         image_token_index=_qwen_vocabulary()["<|image_pad|>"],
     )
     return Mistral3ForConditionalGeneration(config)
-
-
-@argument("tokenizer", "CogView4*")
-@argument("tokenizer_4", "HiDream*")
-def byte_tokenizer() -> Qwen2Tokenizer:
-    return qwen_tokenizer()
