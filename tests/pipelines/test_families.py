@@ -1,0 +1,196 @@
+"""What the package promises of any pipeline, held against every family: nothing here knows more of a family than how to build and to call it."""
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from peft import PeftModel
+from pipelines.families import FAMILIES
+from tiny import nudge
+
+from dpok_trl import DPOKConfig, DPOKTrainer, check_pipeline
+from dpok_trl.policy.lora import default_lora_config, prepare_adapter, save_lora
+from dpok_trl.policy.policy import Policy, find_denoisers
+
+
+PROMPTS = ["a cat", "two dogs"]
+SEEDS = [3, 4]
+# Other samples beside a sample, and so another order of its sums in a matrix product; mean-reduced log-probabilities, fp32.
+REORDERED_TOLERANCE = 1e-5
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def trainable_pipe(family, rank=4, alpha=4, dtype=torch.float32):
+    """With an adapter that is no longer at its start, where B = 0 and neither the image nor lora_A would depend on it."""
+    pipe = family.pipe().to(dtype)
+    for denoiser in find_denoisers(pipe).values():
+        prepare_adapter(denoiser, default_lora_config(rank, alpha))
+        nudge(denoiser, 0.1)
+    return pipe
+
+
+def policy_of(family, dtype=torch.float32):
+    pipe = trainable_pipe(family, dtype=dtype)
+    return Policy(pipe, call_kwargs=family.call(pipe))
+
+
+def image_of(pipe, family):
+    """By the untouched pipeline."""
+    output = pipe(prompt=PROMPTS[0], **family.call(pipe), generator=torch.Generator().manual_seed(5), output_type="pt")
+    return torch.as_tensor(output[0])
+
+
+# ---------------------------------------------------------------- the replay
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_ratio_is_exactly_1(name, dtype):
+    policy = policy_of(FAMILIES[name], dtype)
+    adapter = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in adapter} == {torch.float32}
+    trajectory = policy.rollout(PROMPTS, SEEDS)
+    assert len(trajectory.steps) >= 2
+    replayed = torch.stack([step.log_prob for step in policy(trajectory, verify=True)], dim=1)
+    assert replayed.requires_grad
+    assert torch.equal(replayed, trajectory.log_probs)
+
+
+@every_family
+def test_samples_replay_in_another_order(name):
+    policy = policy_of(FAMILIES[name])
+    trajectory = policy.rollout(PROMPTS, SEEDS)
+    with torch.no_grad():
+        replayed = policy(trajectory, samples=[1, 0])
+    for column, step in enumerate(replayed):
+        expected = trajectory.log_probs[[1, 0], column]
+        torch.testing.assert_close(step.log_prob, expected, rtol=0, atol=REORDERED_TOLERANCE)
+
+
+@every_family
+def test_one_sample_of_a_batch_replays_alone(name):
+    policy = policy_of(FAMILIES[name])
+    trajectory = policy.rollout(PROMPTS, SEEDS)
+    with torch.no_grad():
+        replayed = policy(trajectory, samples=[1])
+    for column, step in enumerate(replayed):
+        expected = trajectory.log_probs[[1], column]
+        torch.testing.assert_close(step.log_prob, expected, rtol=0, atol=REORDERED_TOLERANCE)
+
+
+@every_family
+def test_the_gradient_reaches_every_tensor_of_the_adapter(name):
+    policy = policy_of(FAMILIES[name])
+    adapter = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    trajectory = policy.rollout(PROMPTS, SEEDS)
+    sum(step.log_prob.sum() for step in policy(trajectory)).backward()
+    assert [name for name, tensor in adapter.items() if tensor.grad is None or not tensor.grad.any()] == []
+    assert all(tensor.grad.isfinite().all() for tensor in adapter.values())
+
+
+# ---------------------------------------------------------------- what is left behind
+
+
+@every_family
+def test_a_saved_adapter_gives_the_identical_image_in_a_stock_pipeline(name, tmp_path):
+    family = FAMILIES[name]
+    tuned = trainable_pipe(family, rank=2, alpha=5)
+    save_lora(tuned, find_denoisers(tuned), tmp_path)
+
+    stock = family.pipe()
+    base = image_of(stock, family)
+    if hasattr(stock, "load_lora_weights"):
+        stock.load_lora_weights(tmp_path)
+    else:
+        for component, denoiser in find_denoisers(stock).items():
+            setattr(stock, component, PeftModel.from_pretrained(denoiser, tmp_path / component))
+    image = image_of(stock, family)
+    assert torch.equal(image, image_of(tuned, family))
+    assert not torch.equal(image, base)
+
+
+def state(pipe):
+    """All of a pipeline that a policy could have changed: who its parts are, what they are set to."""
+    modules = {key: value for key, value in pipe.components.items() if isinstance(value, torch.nn.Module)}
+    return {
+        "attributes": set(vars(pipe)),
+        "config": dict(pipe.config),
+        "components": {key: id(value) for key, value in pipe.components.items()},
+        "scheduler": (type(pipe.scheduler), dict(pipe.scheduler.config), sorted(vars(pipe.scheduler))),
+        "parameters": {
+            f"{key}.{name}": (parameter.requires_grad, parameter.dtype, parameter.data_ptr())
+            for key, module in modules.items()
+            for name, parameter in module.named_parameters()
+        },
+        "training": {key: {m.training for m in module.modules()} for key, module in modules.items()},
+    }
+
+
+@every_family
+def test_a_check_leaves_the_pipeline_as_it_was(name):
+    family = FAMILIES[name]
+    pipe = family.pipe()
+    image_of(pipe, family)  # a pipeline keeps the arguments of its last call
+    before, image = state(pipe), image_of(pipe, family)
+    report = check_pipeline(pipe, **family.call(pipe))
+    assert report.ok, report
+    assert "step" not in vars(pipe.scheduler)
+    image_again = image_of(pipe, family)
+    after = state(pipe)
+    for part, value in before.items():
+        assert after[part] == value, part
+    assert torch.equal(image_again, image)
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.fixture
+def fresh_accelerate(monkeypatch):
+    """Accelerate keeps its state in singletons, and remembers mixed precision in the environment."""
+    for name in ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for state_of in (AcceleratorState, PartialState, GradientState):
+        state_of._reset_state()
+    yield
+    for state_of in (AcceleratorState, PartialState, GradientState):
+        state_of._reset_state()
+
+
+def brightness(images, prompts, metadata):
+    return images.flatten(1).mean(1), {}
+
+
+@every_family
+def test_training_moves_a_reward(name, tmp_path, fresh_accelerate):
+    family = FAMILIES[name]
+    pipe = family.pipe()
+    call = family.call(pipe)
+    guidance = {"sample_guidance_scale": call.pop("guidance_scale")} if "guidance_scale" in call else {}
+    config = DPOKConfig(
+        output_dir=str(tmp_path / "run"),
+        num_epochs=2,
+        save_freq=0,
+        sample_grid_freq=0,
+        sample_num_steps=call.pop("num_inference_steps"),
+        sample_batch_size=16,
+        sample_num_batches_per_epoch=1,
+        negative_prompts=call.pop("negative_prompt", ""),
+        sample_call_kwargs=call,
+        train_batch_size=16,
+        train_timesteps_per_update=1,
+        train_learning_rate=3e-2,
+        train_clip_range=1.0,
+        train_lora_rank=8,
+        kl_weight=0.0,
+        **guidance,
+    )
+    trainer = DPOKTrainer(config, brightness, PROMPTS, pipe)
+
+    def evaluate():
+        prompts, seeds = PROMPTS * 8, list(range(1000, 1016))
+        return brightness(trainer.policy.rollout(prompts, seeds).images, prompts, None)[0].mean().item()
+
+    before = evaluate()
+    trainer.train()
+    assert evaluate() > before
