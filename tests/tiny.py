@@ -22,7 +22,7 @@ from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dpok_trl.policy.lora import DEFAULT_TARGETS, prepare_adapter
-from dpok_trl.policy.policy import find_denoisers
+from dpok_trl.policy.hooks import PipelineHooks
 
 
 STEPS = 4
@@ -187,7 +187,7 @@ def nudge(module: torch.nn.Module, scale: float = 0.3) -> None:
 
 def with_adapter(pipe, rank: int = 4, alpha: int = 4, nudged: bool = False):
     """Adds a LoRA adapter to the denoiser of `pipe`."""
-    for module in find_denoisers(pipe).values():
+    for module in PipelineHooks().denoisers(pipe).values():
         prepare_adapter(module, LoraConfig(r=rank, lora_alpha=alpha, target_modules=DEFAULT_TARGETS))
         if nudged:
             nudge(module)

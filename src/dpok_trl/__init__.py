@@ -19,9 +19,10 @@ _MODULE_OF = {
     "DPOKSchedulerOutput": "dpok_trl.policy.schedulers",
     "scheduler_step": "dpok_trl.policy.schedulers",
     "Policy": "dpok_trl.policy.policy",
-    "UnsupportedPipelineError": "dpok_trl.policy.policy",
+    "PipelineHooks": "dpok_trl.policy.hooks",
+    "UnsupportedPipelineError": "dpok_trl.policy.errors",
     "UnsupportedSchedulerError": "dpok_trl.policy.schedulers",
-    "ReplayError": "dpok_trl.policy.reentry",
+    "ReplayError": "dpok_trl.policy.errors",
     "RatioError": "dpok_trl.training.ratio",
     "PipelineReport": "dpok_trl.policy.check",
     "check_pipeline": "dpok_trl.policy.check",
@@ -38,6 +39,7 @@ __all__ = [
     "DPOKSchedulerOutput",
     "scheduler_step",
     "Policy",
+    "PipelineHooks",
     "PipelineReport",
     "check_pipeline",
     "Gaussian",
@@ -53,8 +55,9 @@ if TYPE_CHECKING:
     from dpok_trl.core.gaussian import Gaussian
     from dpok_trl.policy.check import PipelineReport, check_pipeline
     from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline, DPOKPipelineOutput
-    from dpok_trl.policy.policy import Policy, UnsupportedPipelineError
-    from dpok_trl.policy.reentry import ReplayError
+    from dpok_trl.policy.errors import ReplayError, UnsupportedPipelineError
+    from dpok_trl.policy.hooks import PipelineHooks
+    from dpok_trl.policy.policy import Policy
     from dpok_trl.policy.schedulers import DPOKSchedulerOutput, UnsupportedSchedulerError, scheduler_step
     from dpok_trl.rewards.base import RewardError
     from dpok_trl.training.config import DPOKConfig

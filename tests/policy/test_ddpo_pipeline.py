@@ -9,8 +9,9 @@ from peft import LoraConfig
 from tiny import nudge, stable_diffusion, stable_diffusion_xl
 
 from dpok_trl import DefaultDPOKStableDiffusionPipeline, DPOKSchedulerOutput
-from dpok_trl.policy.loading import as_ddim, load_pipeline
-from dpok_trl.policy.lora import adapter_layers, lora_state_dict, prepare_adapter, save_lora
+from dpok_trl.policy.loading import load_pipeline
+from dpok_trl.policy.lora import adapter_layers, prepare_adapter
+from dpok_trl.policy.lora_files import lora_state_dict, save_lora
 
 
 PNDM = {

@@ -11,8 +11,9 @@ from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_atten
 from peft import LoraConfig
 
 from dpok_trl.policy.lora import adapter_name, prepare_adapter
-from dpok_trl.policy.policy import Policy, UnsupportedPipelineError, find_denoisers
-from dpok_trl.policy.reentry import ReplayError
+from dpok_trl.policy.errors import ReplayError, UnsupportedPipelineError
+from dpok_trl.policy.hooks import PipelineHooks
+from dpok_trl.policy.policy import Policy
 from dpok_trl.policy.schedulers import UnsupportedSchedulerError, scheduler_step
 
 
@@ -192,7 +193,7 @@ def test_without_guidance_the_denoiser_sees_the_batch_once(sd):
 
 
 def test_only_the_selected_step_runs_the_network(policy):
-    (denoiser,) = policy.denoisers.values()
+    (denoiser,) = policy.tuned.denoisers.values()
     trajectory = policy.rollout(PROMPTS, SEEDS)
     calls = []
     handle = denoiser.register_forward_pre_hook(lambda module, args: calls.append(1))
@@ -269,7 +270,7 @@ def test_the_pipeline_is_left_as_it_was_after_an_exception(policy, call):
     def fail(module, args):
         raise KeyboardInterrupt
 
-    (denoiser,) = policy.denoisers.values()
+    (denoiser,) = policy.tuned.denoisers.values()
     handle = denoiser.register_forward_pre_hook(fail)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -338,7 +339,7 @@ def test_the_reference_is_the_pipeline_without_its_adapter(family):
     policy = make_policy(family, nudged=False)
     trajectory = policy.rollout(PROMPTS, SEEDS)
     assert kl(policy, trajectory).abs().max() == 0.0  # B = 0 at the start
-    for denoiser in policy.denoisers.values():
+    for denoiser in policy.tuned.denoisers.values():
         tiny.nudge(denoiser)
     assert kl(policy, trajectory).min() > 0.0
     assert not torch.equal(log_probs(policy(trajectory)), trajectory.log_probs)
@@ -453,7 +454,7 @@ def test_a_pipeline_of_pipelines_is_refused():
     outer = tiny.with_adapter(tiny.stable_diffusion())
     outer.__dict__["prior_pipe"] = tiny.stable_diffusion()
     with pytest.raises(UnsupportedPipelineError, match=r"made of other pipelines \(prior_pipe\). Tune the inner one"):
-        find_denoisers(outer)
+        PipelineHooks().denoisers(outer)
 
 
 def test_two_active_adapters_are_refused():

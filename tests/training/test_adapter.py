@@ -8,7 +8,7 @@ from safetensors import safe_open
 from tiny import FAMILIES, stable_diffusion
 
 from dpok_trl.policy.lora import adapter_layers, adapter_name
-from dpok_trl.policy.policy import find_denoisers
+from dpok_trl.policy.hooks import PipelineHooks
 from dpok_trl.training import publishing
 
 
@@ -201,4 +201,4 @@ def test_a_family_that_cannot_store_a_lora_is_refused_before_training(make_train
     monkeypatch.setattr(type(pipe), "save_lora_weights", None)
     with pytest.raises(ValueError, match="StableDiffusionPipeline has no `save_lora_weights`"):
         make_trainer(pipe=pipe)
-    assert all(adapter_name(module) is None for module in find_denoisers(pipe).values())
+    assert all(adapter_name(module) is None for module in PipelineHooks().denoisers(pipe).values())

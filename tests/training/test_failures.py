@@ -7,8 +7,7 @@ from diffusers import PNDMScheduler, PyramidAttentionBroadcastConfig, apply_pyra
 from tiny import stable_diffusion
 
 from dpok_trl import RatioError, RewardError
-from dpok_trl.policy.policy import UnsupportedPipelineError
-from dpok_trl.policy.reentry import ReplayError
+from dpok_trl.policy.errors import ReplayError, UnsupportedPipelineError
 from dpok_trl.policy.schedulers import UnsupportedSchedulerError
 
 

@@ -428,7 +428,7 @@ def test_step_may_be_called_by_hand(make_trainer):
 def test_sd_pipeline_is_the_pipeline_also_where_a_name_was_given(make_trainer, tmp_path):
     stable_diffusion().save_pretrained(tmp_path / "base")
     trainer = make_trainer(pipe=tmp_path / "base")
-    assert trainer.sd_pipeline is trainer.pipeline and trainer.pipeline.unet is trainer.policy.denoisers["unet"]
+    assert trainer.sd_pipeline is trainer.pipeline and trainer.pipeline.unet is trainer.policy.tuned.denoisers["unet"]
 
 
 def test_train_takes_the_number_of_epochs(make_trainer, lines):

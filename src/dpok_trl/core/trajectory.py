@@ -18,11 +18,13 @@ class Trajectory:
     Args:
         prompts (`list[str]` of length `B`): The prompt of each sample.
         seeds (`list[int]` of length `B`): The seed of each sample's generator, which drew x_T and every step's noise.
-        images (`torch.Tensor` of shape `(B, 3, H, W)`): In [0, 1].
-        latents (`tuple` of `S + 1` `torch.Tensor` of shape `(B, *)`): x_T, then what each step returned, in generation order; each is
-            stored once. `latents[k]` and `latents[k + 1]` are state and action of step `k`.
+        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for videos): In [0, 1].
+        latents (`tuple` of `S + 1` `torch.Tensor` of shape `(B, *)`): The state of each step, x_T first, and at the end what the last one returned.
+        next_latents (`tuple` of `S` `torch.Tensor` of shape `(B, *)`): The action of each step: what it returned. The same tensors as
+            `latents[1:]`, but for pipelines that change the latents between the steps (inpainting).
         steps (`tuple[int, ...]`): The stochastic steps, the ones that are actions, ascending. Deterministic steps are not in it.
         log_probs (`torch.Tensor` of shape `(B, len(steps))`): float32, of the stored actions under the policy that drew them.
+        arguments (`dict[str, list]`): Arguments of the pipeline's call that differ from sample to sample, lists of length `B`.
         recording (`Any`): What the policy needs to walk the same path again; opaque to everybody else.
     """
 
@@ -30,8 +32,10 @@ class Trajectory:
     seeds: list[int]
     images: torch.Tensor
     latents: tuple[torch.Tensor, ...]
+    next_latents: tuple[torch.Tensor, ...]
     steps: tuple[int, ...]
     log_probs: torch.Tensor
+    arguments: dict[str, list[Any]]
     recording: Any
 
     def __len__(self) -> int:

@@ -113,21 +113,21 @@ def predict_x0_eps(
                 'prediction_type "epsilon" cannot start from pure noise (alpha = 0: zero terminal SNR), because x0 '
                 'would be 0/0; use a network of prediction_type "v_prediction" or rescale_betas_zero_snr=False'
             )
-        return (x - _scaled(sigma, output)) / _coefficient(alpha, x), output
+        return (x - scaled(sigma, output)) / _coefficient(alpha, x), output
     if prediction_type == "sample":
-        return output, (x - _scaled(alpha, output)) / _coefficient(sigma, x)
+        return output, (x - scaled(alpha, output)) / _coefficient(sigma, x)
     if prediction_type == "v_prediction":
         norm = (alpha.square() + sigma.square()).sqrt()
         cosine, sine = alpha / norm, sigma / norm
-        x0 = _scaled(cosine / norm, x) - _scaled(sine, output)
-        return x0, _scaled(cosine, output) + _scaled(sine / norm, x)
+        x0 = scaled(cosine / norm, x) - scaled(sine, output)
+        return x0, scaled(cosine, output) + scaled(sine / norm, x)
     if prediction_type == "flow_prediction":
         if not levels.is_flow:
             raise ValueError(
                 'prediction_type "flow_prediction" needs a flow grid (alpha = 1 - sigma), but alpha is '
                 f"{alpha.tolist()} at sigma {sigma.tolist()}; set use_flow_sigmas=True on the scheduler"
             )
-        return x - _scaled(sigma, output), x + _scaled(1.0 - sigma, output)
+        return x - scaled(sigma, output), x + scaled(1.0 - sigma, output)
     raise ValueError(f"prediction_type must be one of {get_args(PredictionType)}, but is {prediction_type!r}")
 
 
@@ -137,7 +137,7 @@ class Transition:
     A rule that turns (x0, eps) and the two ends of a step into the distribution of the next latents.
 
     Args:
-        kind (`"ancestral"`, `"cps"` or `"flow_sde"`):
+        kind (`"ancestral"`, `"cps"`, `"flow_sde"` or `"ode"`):
             `"ancestral"`: `std = eta * sigma' * sqrt(1 - r^2)`,
                 `mean = alpha' * x0 + sigma' * sqrt((1 - eta^2) + eta^2 * r^2) * eps`. The same formula is DDIM with
                 `eta` (arXiv:2010.02502, eq. 12 and 16), and at `eta=1` DDPM, Euler-ancestral and first-order
@@ -150,20 +150,24 @@ class Transition:
                 arXiv:2505.05470), with `g = noise_level * sqrt(sigma / (1 - sigma))`, `dt = sigma' - sigma < 0`,
                 velocity `v = eps - x0`: `std = g * sqrt(-dt)` and
                 `mean = x * (1 + g^2 dt / (2 sigma)) + v * (1 + g^2 (1 - sigma) / (2 sigma)) dt`. Flow grids only.
+            `"ode"`: the step without noise, `std = 0`, `mean = alpha' * x0 + sigma' * eps`: DDIM at `eta=0`, and on a
+                flow grid the Euler step of the ODE. For steps that are no actions: nothing can be learned from them.
         eta (`float` in (0, 1], defaults to 1.0):
-            The amount of noise of `"ancestral"` and `"cps"`.
+            The amount of noise of `"ancestral"` and `"cps"`; the others take no notice of it.
         noise_level (`float` > 0, defaults to 0.7):
-            The amount of noise of `"flow_sde"`, Flow-GRPO's `a`.
+            The amount of noise of `"flow_sde"`, Flow-GRPO's `a`; the others take no notice of it.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range; for `"ode"`, which has no noise, no number is.
     """
 
-    kind: TransitionKind
+    kind: TransitionKind | Literal["ode"]
     eta: float = 1.0
     noise_level: float = 0.7
 
     def __post_init__(self) -> None:
+        if self.kind == "ode":
+            return
         if self.kind not in get_args(TransitionKind):
             raise ValueError(f"kind must be one of {get_args(TransitionKind)}, but is {self.kind!r}")
         if not 0.0 < self.eta <= 1.0:
@@ -184,6 +188,8 @@ class Transition:
             return self.eta * levels.next_sigma * (1.0 - ratio.square()).sqrt()
         if self.kind == "cps":
             return levels.next_sigma * math.sin(self.eta * math.pi / 2)
+        if self.kind == "ode":
+            return torch.zeros_like(levels.next_sigma)
         return (self._diffusion(levels) * (levels.sigma - levels.next_sigma)).sqrt()
 
     def __call__(self, sample: Tensor, x0: Tensor, eps: Tensor, levels: NoiseLevels) -> Gaussian:
@@ -212,15 +218,17 @@ class Transition:
         if self.kind == "ancestral":
             ratio = levels.alpha * levels.next_sigma / (levels.next_alpha * levels.sigma)
             kept = levels.next_sigma * ((1.0 - self.eta**2) + self.eta**2 * ratio.square()).sqrt()
-            mean = _scaled(levels.next_alpha, x0) + _scaled(kept, eps)
+            mean = scaled(levels.next_alpha, x0) + scaled(kept, eps)
         elif self.kind == "cps":
             kept = levels.next_sigma * _cosine_of_quarter_turns(self.eta)
-            mean = _scaled(levels.next_alpha, x0) + _scaled(kept, eps)
+            mean = scaled(levels.next_alpha, x0) + scaled(kept, eps)
+        elif self.kind == "ode":
+            mean = scaled(levels.next_alpha, x0) + scaled(levels.next_sigma, eps)
         else:
             dt = levels.next_sigma - levels.sigma
             drift = self._diffusion(levels) / (2.0 * levels.sigma)
             velocity = (1.0 + drift * (1.0 - levels.sigma)) * dt
-            mean = _scaled(1.0 + drift * dt, sample.float()) + _scaled(velocity, eps - x0)
+            mean = scaled(1.0 + drift * dt, sample.float()) + scaled(velocity, eps - x0)
         return Gaussian(mean, std.expand(sample.shape[0]).to(torch.float32))
 
     def _diffusion(self, levels: NoiseLevels) -> Tensor:
@@ -254,5 +262,6 @@ def _coefficient(value: Tensor, like: Tensor) -> Tensor | float:
     return column.reshape(-1, *[1] * (like.dim() - 1))
 
 
-def _scaled(value: Tensor, x: Tensor) -> Tensor:
+def scaled(value: Tensor, x: Tensor) -> Tensor:
+    """`value * x` for a `value` of shape `()` or `(B,)`, float64 on the CPU, as noise levels are."""
     return x * _coefficient(value, x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +12,12 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dpok_trl.policy.loading import load_pipeline
-from dpok_trl.policy.lora import adapter_name, default_lora_config, prepare_adapter
-from dpok_trl.policy.policy import Policy, UnsupportedPipelineError, find_denoisers
-from dpok_trl.policy.reentry import ReplayError
+from dpok_trl.policy.errors import ReplayError, UnsupportedPipelineError
+from dpok_trl.policy.hooks import PipelineHooks
+from dpok_trl.policy.lora import adapter_name, remove_adapter
+from dpok_trl.policy.policy import Policy
 from dpok_trl.policy.schedulers import UnsupportedSchedulerError
+from dpok_trl.policy.tuning import Tuned, tune
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,13 @@ class PipelineReport:
 def check_pipeline(
     pipe: DiffusionPipeline | str | Path,
     *,
-    prompts: tuple[str, ...] = ("a photo of a cat", "a red circle"),
+    prompts: Sequence[str] = ("a photo of a cat", "a red circle"),
+    arguments: Mapping[str, Sequence[Any]] | None = None,
     kind: str = "auto",
     eta: float = 1.0,
     noise_level: float = 0.7,
+    fp32_latents: bool = False,
+    hooks: PipelineHooks | None = None,
     **call_kwargs: Any,
 ) -> PipelineReport:
     """Rolls `pipe` out and replays every stochastic step of it.
@@ -85,19 +90,30 @@ def check_pipeline(
 
     Args:
         pipe (`DiffusionPipeline`, `str` or `Path`): A pipeline, a Hub id or a folder.
-        prompts (`tuple[str, ...]`): A batch of at least two shows more than one.
-        kind, eta, noise_level: See [`Policy`].
+        prompts (`Sequence[str]`): A batch of at least two shows more than one.
+        arguments (`Mapping[str, Sequence]`, *optional*): Arguments of the call with one value for each prompt.
+        kind, eta, noise_level, fp32_latents, hooks: See [`Policy`].
         call_kwargs: Arguments of the pipeline's call, as in training: `num_inference_steps`, `guidance_scale`, `height` ...
 
     Returns:
         [`PipelineReport`]: With `ok=False` and a `reason` for what cannot be a policy; other errors (a wrong call argument, say) are raised.
     """
     pipe = load_pipeline(pipe)
-    names = (type(pipe).__name__, type(pipe.scheduler).__name__)
+    hooks = PipelineHooks() if hooks is None else hooks
+    names = (type(pipe).__name__, type(getattr(pipe, "scheduler", None)).__name__)
     try:
-        with _some_adapter(pipe):
-            policy = Policy(pipe, call_kwargs=call_kwargs, kind=kind, eta=eta, noise_level=noise_level)
-            steps = _check_steps(policy, prompts)
+        with _some_adapter(pipe, hooks) as tuned:
+            policy = Policy(
+                pipe,
+                tuned,
+                call_kwargs=call_kwargs,
+                kind=kind,
+                eta=eta,
+                noise_level=noise_level,
+                fp32_latents=fp32_latents,
+                hooks=hooks,
+            )
+            steps, without_gradient = _check_steps(policy, prompts, arguments)
     except (UnsupportedPipelineError, UnsupportedSchedulerError, ReplayError) as error:
         return PipelineReport(False, str(error), *names)
     for step in steps:
@@ -109,19 +125,36 @@ def check_pipeline(
             return PipelineReport(False, reason, *names, steps)
         if not step.gradient_norm > 0:
             return PipelineReport(False, f"step {step.step_index} gives the adapter no gradient.", *names, steps)
+    if without_gradient:
+        reason = f"no step gives {', '.join(without_gradient)} a gradient: the call does not use it."
+        return PipelineReport(False, reason, *names, steps)
     return PipelineReport(True, "", *names, steps)
 
 
-def _check_steps(policy: Policy, prompts: tuple[str, ...]) -> list[StepReport]:
-    trajectory = policy.rollout(prompts, seeds=list(range(len(prompts))))
-    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+def _check_steps(
+    policy: Policy, prompts: Sequence[str], arguments: Mapping[str, Sequence[Any]] | None
+) -> tuple[list[StepReport], list[str]]:
+    """The report of each step, and the networks that got no gradient from any."""
+    trajectory = policy.rollout(prompts, list(range(len(prompts))), arguments)
+    owners = {
+        parameter: name
+        for name, module in policy.tuned.modules.items()
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    }
+    without_gradient = set(owners.values())
     steps = []
     for column, step_index in enumerate(trajectory.steps):
         (replayed,) = policy(trajectory, steps=[step_index], verify=True)
         difference = replayed.log_prob.detach() - trajectory.log_probs[:, column]
         worst = difference[difference.abs().argmax()].item()
-        gradients = torch.autograd.grad(replayed.log_prob.sum(), trainable, allow_unused=True)
-        norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
+        gradients = torch.autograd.grad(replayed.log_prob.sum(), list(owners), allow_unused=True)
+        norms = {
+            parameter: gradient.float().norm()
+            for parameter, gradient in zip(owners, gradients, strict=True)
+            if gradient is not None
+        }
+        without_gradient -= {owners[parameter] for parameter, norm in norms.items() if norm > 0}
         steps.append(
             StepReport(
                 step_index=step_index,
@@ -129,26 +162,26 @@ def _check_steps(policy: Policy, prompts: tuple[str, ...]) -> list[StepReport]:
                 std=replayed.distribution.std[0].item(),
                 log_prob_error=abs(worst),
                 ratio=torch.tensor(worst).exp().item(),
-                gradient_norm=torch.stack(norms).norm().item() if norms else 0.0,
+                gradient_norm=torch.stack(list(norms.values())).norm().item() if norms else 0.0,
             )
         )
-    return steps
+    return steps, sorted(without_gradient)
 
 
 @contextmanager
-def _some_adapter(pipe: DiffusionPipeline) -> Iterator[None]:
+def _some_adapter(pipe: DiffusionPipeline, hooks: PipelineHooks) -> Iterator[Tuned]:
     """Adds an adapter where there is none, and afterwards restores adapters, `requires_grad`, dtypes and train mode."""
-    denoisers = find_denoisers(pipe)
-    added = {name: module for name, module in denoisers.items() if adapter_name(module) is None}
-    before = {p: (p.requires_grad, p.dtype) for module in denoisers.values() for p in module.parameters()}
-    training = {module: module.training for denoiser in denoisers.values() for module in denoiser.modules()}
+    denoisers = hooks.denoisers(pipe)
+    networks = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
+    added = [module for module in denoisers.values() if adapter_name(module) is None]
+    before = {p: (p.requires_grad, p.dtype) for module in networks for p in module.parameters()}
+    training = {module: module.training for network in networks for module in network.modules()}
     try:
-        for module in denoisers.values():
-            prepare_adapter(module, default_lora_config(rank=4) if module in added.values() else None)
-        yield
+        yield tune(pipe, denoisers)
     finally:
-        for module in added.values():
-            module.unload_lora()
+        for module in added:
+            if adapter_name(module) is not None:
+                remove_adapter(module)
         for parameter, (requires_grad, dtype) in before.items():
             parameter.requires_grad_(requires_grad)
             parameter.data = parameter.data.to(dtype)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from dpok_trl.policy.loading import as_ddim
-from dpok_trl.policy.lora import LORA_FILE, adapter_name, default_lora_config, load_lora, prepare_adapter, save_lora
-from dpok_trl.policy.policy import Policy, find_denoisers
-from dpok_trl.policy.schedulers import DPOKSchedulerOutput, scheduler_step
+from dpok_trl.policy.lora_files import LORA_FILE
+from dpok_trl.policy.policy import Policy
+from dpok_trl.policy.schedulers import DPOKSchedulerOutput, as_ddim, scheduler_step
+from dpok_trl.policy.tuning import Tuned, tune
 
 
 logger = logging.getLogger(__name__)
@@ -44,17 +44,10 @@ class DefaultDPOKStableDiffusionPipeline:
     Args:
         pretrained_model_name (`str`): Hub id or folder.
         pretrained_model_revision (`str`, defaults to `"main"`)
-        use_lora (`bool`, defaults to `True`)
-
-    Raises:
-        `ValueError`: With `use_lora=False`; training the whole UNet is not supported yet.
+        use_lora (`bool`, defaults to `True`): `False`: all weights of the UNet are trained, and a frozen copy of it stays for the KL term.
     """
 
     def __init__(self, pretrained_model_name: str, *, pretrained_model_revision: str = "main", use_lora: bool = True):
-        if not use_lora:
-            raise ValueError(
-                "use_lora=False: training all weights of the UNet is not supported yet; leave it at True."
-            )
         self.pretrained_model = str(pretrained_model_name)
         self.pretrained_revision = pretrained_model_revision
         self.use_lora = use_lora
@@ -73,6 +66,7 @@ class DefaultDPOKStableDiffusionPipeline:
             self.sd_pipeline.scheduler = as_ddim(self.sd_pipeline.scheduler)
         self.sd_pipeline.safety_checker = None
         self.autocast = nullcontext
+        self._tuned = Tuned({"unet": self.unet})
 
     @property
     def unet(self) -> torch.nn.Module:
@@ -124,20 +118,23 @@ class DefaultDPOKStableDiffusionPipeline:
         self.sd_pipeline.set_progress_bar_config(*args, **kwargs)
 
     def get_trainable_layers(self) -> torch.nn.Module:
-        """The UNet, with an fp32 adapter (rank 4 where there was none) as its only trainable part."""
-        prepare_adapter(self.unet, default_lora_config(rank=4) if adapter_name(self.unet) is None else None)
+        """The UNet, with an fp32 adapter (rank 4 where there was none) as its only trainable part; with `use_lora=False`, all of it in fp32."""
+        self._tuned = tune(self.sd_pipeline, {"unet": self.unet}, full=not self.use_lora)
         return self.unet
 
     def save_pretrained(self, output_dir: str | Path) -> None:
-        """Writes the adapter for `load_lora_weights`. (DDPO wrote the base too, in a form that could not be loaded.)"""
-        save_lora(self.sd_pipeline, find_denoisers(self.sd_pipeline), output_dir)
+        """Writes the adapter for `load_lora_weights` (DDPO wrote the base too, in a form that could not be loaded), or the whole pipeline."""
+        if self.use_lora:
+            self._tuned.save(self.sd_pipeline, output_dir)
+        else:
+            self.sd_pipeline.save_pretrained(output_dir)
 
     def save_checkpoint(self, models: Any, weights: list, output_dir: str | Path) -> None:
-        """An `accelerate` save hook: writes the adapter and keeps the base out."""
-        self.save_pretrained(output_dir)
+        """An `accelerate` save hook: writes what is trained and keeps the rest out."""
+        self._tuned.save(self.sd_pipeline, output_dir)
         weights.clear()
 
     def load_checkpoint(self, models: list, input_dir: str | Path) -> None:
         """An `accelerate` load hook: reads what [`save_checkpoint`] wrote into the adapter in place."""
-        load_lora({"unet": self.unet}, input_dir)
+        self._tuned.load(self.sd_pipeline, input_dir)
         models.clear()

@@ -1,39 +1,51 @@
-"""LoRA adapters of a pipeline: add, cast, disable, export."""
+"""LoRA adapters of a network: add, cast, disable. Their files: `lora_files.py`."""
 
 from __future__ import annotations
 
 import copy
-import inspect
+import difflib
+import logging
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
+from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import nn
 
 
+logger = logging.getLogger(__name__)
+
 ADAPTER_NAME = "default"
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for
-# The attention projections, which every diffusers denoiser names alike; rank and alpha as in DDPO and in DPOK's official code.
-DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+# The attention projections as networks name them: diffusers' denoisers (rank and alpha as in DDPO and in DPOK's official code), the text
+# encoders of transformers, and T5.
+ATTENTION_NAMES = (("to_q", "to_k", "to_v", "to_out.0"), ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj"), ("q", "k", "v", "o"))
+DEFAULT_TARGETS = list(ATTENTION_NAMES[0])
 
 
-def default_lora_config(rank: int, alpha: int | None = None) -> LoraConfig:
-    """The adapter that is trained when no `peft_config` is given: attention projections, Gaussian initialisation, alpha = rank unless given."""
+def default_lora_config(module: nn.Module, rank: int, alpha: int | None = None) -> LoraConfig:
+    """The adapter that is trained when no `peft_config` is given: attention projections (every linear layer of a network that names them in no
+    known way), Gaussian initialisation, alpha = rank unless given."""
     return LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
         init_lora_weights="gaussian",
-        target_modules=DEFAULT_TARGETS,
+        target_modules=_attention_projections(module),
     )
+
+
+def _attention_projections(module: nn.Module) -> list[str]:
+    names = [name for name, part in module.named_modules() if not list(part.children())]
+    for known in ATTENTION_NAMES:
+        present = [target for target in known if any(name.endswith(f".{target}") for name in names)]
+        if present:
+            return present
+    logger.warning("%s has no attention projections of a known name: the adapter goes on all of its linear layers", type(module).__name__)
+    return [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
 
 
 def adapter_layers(module: nn.Module) -> list[BaseTunerLayer]:
@@ -82,6 +94,7 @@ def prepare_adapter(module: nn.Module, config: LoraConfig | None = None) -> str:
         )
     if name is None:
         refuse_unsuitable(config)
+        refuse_unmatched(config, module)
         name = ADAPTER_NAME
         config = copy.deepcopy(config)  # one of its own for each denoiser
         config.base_model_name_or_path = None
@@ -101,6 +114,13 @@ def prepare_adapter(module: nn.Module, config: LoraConfig | None = None) -> str:
             parameter.requires_grad_(True)
     cast_training_params(module, torch.float32)
     return name
+
+
+def remove_adapter(module: nn.Module) -> None:
+    """Takes out what [`prepare_adapter`] put in."""
+    recurse_remove_peft_layers(module)
+    del module.peft_config
+    module._hf_peft_config_loaded = False
 
 
 def refuse_altered(module: nn.Module, name: str) -> None:
@@ -148,6 +168,27 @@ def refuse_unsuitable(config: LoraConfig) -> None:
         )
 
 
+def refuse_unmatched(config: LoraConfig, module: nn.Module) -> None:
+    """Raises `ValueError` for targets that no module of the network has: peft drops them in silence as long as another one matches."""
+    names = [name for name, _ in module.named_modules() if name]
+    targets = config.target_modules
+    if targets is None or targets == "all-linear":
+        return
+    if isinstance(targets, str):
+        unmatched = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    else:
+        unmatched = [t for t in sorted(targets) if not any(n == t or n.endswith(f".{t}") for n in names)]
+    if not unmatched:
+        return
+    linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+    endings = sorted({".".join(name.split(".")[-length:]) for name in linear for length in (1, 2)})
+    near = [close for t in unmatched for close in difflib.get_close_matches(t, endings, n=3, cutoff=0.4)]
+    raise ValueError(
+        f"target_modules of the peft_config match nothing in {type(module).__name__}: {', '.join(unmatched)}. The nearest names of its linear layers: "
+        f"{', '.join(dict.fromkeys(near)) or ', '.join(endings[:8])}."
+    )
+
+
 @contextmanager
 def adapters_disabled(modules: list[nn.Module]) -> Iterator[None]:
     """Runs the base model. Which adapters were on and what required gradients is restored, also after an exception.
@@ -165,70 +206,3 @@ def adapters_disabled(modules: list[nn.Module]) -> Iterator[None]:
             layer.enable_adapters(True)
         for parameter, requires_grad in before.items():
             parameter.requires_grad_(requires_grad)
-
-
-def lora_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of the adapter of `module`, in peft's layout."""
-    return get_peft_model_state_dict(module, adapter_name=adapter_name(module))
-
-
-def load_lora_state_dict(module: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
-    """Writes weights in peft's layout into the adapter of `module`, in place.
-
-    Raises:
-        `ValueError`: If keys or shapes are not those of the adapter.
-    """
-    expected = lora_state_dict(module)
-    shapes, saved = ({key: tuple(value.shape) for key, value in d.items()} for d in (expected, state_dict))
-    differing = sorted(key for key in shapes.keys() | saved.keys() if shapes.get(key) != saved.get(key))
-    if differing:
-        key = differing[0]
-        raise ValueError(
-            f"the saved adapter does not fit: {len(differing)} tensors differ, the first is {key}, of shape {saved.get(key, 'nothing')} in the file "
-            f"and {shapes.get(key, 'nothing')} here. Use the `peft_config` (or train_lora_rank) that it was trained with."
-        )
-    set_peft_model_state_dict(module, state_dict, adapter_name=adapter_name(module))
-
-
-def load_lora(denoisers: Mapping[str, nn.Module], folder: str | Path) -> None:
-    """Reads what [`save_lora`] wrote into the adapters of `denoisers`, in place."""
-    tensors = load_file(Path(folder) / LORA_FILE)
-    for name, module in denoisers.items():
-        prefix = f"{name}."
-        load_lora_state_dict(module, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-
-
-def save_lora(pipe: DiffusionPipeline, denoisers: Mapping[str, nn.Module], folder: str | Path) -> None:
-    """Writes `pytorch_lora_weights.safetensors` with the adapter's metadata, which `pipe.load_lora_weights(folder)` reads.
-
-    Without the metadata a loader cannot know `lora_alpha`, and an adapter with alpha != rank comes back at another strength.
-    """
-    refuse_unsaveable(pipe, list(denoisers))
-    arguments: dict[str, Any] = {}
-    for name, module in denoisers.items():
-        arguments[f"{name}_lora_layers"] = {k: v.contiguous() for k, v in lora_state_dict(module).items()}
-        arguments[f"{name}_lora_adapter_metadata"] = _metadata(module)
-    type(pipe).save_lora_weights(str(folder), **arguments)
-
-
-def refuse_unsaveable(pipe: DiffusionPipeline, names: list[str]) -> None:
-    """Raises `ValueError` if diffusers has no LoRA file for this family: better before training than after."""
-    save = getattr(type(pipe), "save_lora_weights", None)
-    if save is None:
-        raise ValueError(
-            f"{type(pipe).__name__} has no `save_lora_weights`: diffusers cannot store a LoRA of this family."
-        )
-    accepted = inspect.signature(save).parameters
-    missing = [
-        name
-        for name in names
-        if f"{name}_lora_layers" not in accepted or f"{name}_lora_adapter_metadata" not in accepted
-    ]
-    if missing:
-        raise ValueError(f"{type(pipe).__name__}.save_lora_weights cannot store an adapter of {', '.join(missing)}.")
-
-
-def _metadata(module: nn.Module) -> dict[str, Any]:
-    metadata = module.peft_config[adapter_name(module)].to_dict()
-    # peft holds names in sets, whose order differs from process to process, and so would the bytes of the file
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in metadata.items()}

@@ -16,31 +16,41 @@ import torch
 
 
 LIST = "list"  # the batch is the length of a list
+NOTHING = "nothing"  # `None` stood there
 
 # Bounds the memory of a run over a long list of prompts: an embedding takes 0.3 MB with CLIP alone, and up to 11 MB with a T5.
 MAX_CACHED_PROMPTS = 128
 
 
-def batch_axes(one: Any, two: Any) -> Any:
-    """Where the batch lies in a nested output, from the outputs for a batch of one and a batch of two.
+def batch_axes(some: Any, twice: Any, rows: int = 1) -> Any:
+    """Where the batch lies in a nested output, from the outputs for `rows` rows and for twice as many.
 
-    Returns the same nesting with, for each leaf, the batch dimension (`int`), `LIST`, or `None` for what does not depend on the batch.
+    Returns the same nesting with, for each leaf, the batch dimension (`int`), `LIST`, `NOTHING`, or `None` for what does not depend on the batch.
     """
-    if isinstance(one, torch.Tensor):
-        axes = [dim for dim in range(one.ndim) if one.shape[dim] == 1 and two.shape[dim] == 2]
-        if not axes and one.shape != two.shape:
-            raise ValueError(f"no batch dimension in outputs of shape {tuple(one.shape)} and {tuple(two.shape)}")
+    if isinstance(some, torch.Tensor):
+        axes = [dim for dim in range(some.ndim) if some.shape[dim] == rows and twice.shape[dim] == 2 * rows]
+        if not axes and some.shape != twice.shape:
+            raise ValueError(f"no batch dimension in outputs of shape {tuple(some.shape)} and {tuple(twice.shape)}")
         return axes[0] if axes else None
-    if isinstance(one, (list, tuple)):
-        if len(one) != len(two):
+    if isinstance(some, (list, tuple)):
+        if len(some) != len(twice):
             return LIST
-        return type(one)(batch_axes(a, b) for a, b in zip(one, two, strict=True))
-    return None
+        return type(some)(batch_axes(a, b, rows) for a, b in zip(some, twice, strict=True))
+    return NOTHING if some is None else None
+
+
+def fits(axes: Any, tree: Any) -> bool:
+    """Whether a nested output has the structure that was measured: some pipelines return a mask only where prompts differ in length."""
+    if (axes == NOTHING) != (tree is None):
+        return False
+    if isinstance(axes, (list, tuple)):
+        return all(fits(axis, leaf) for axis, leaf in zip(axes, tree, strict=True))
+    return True
 
 
 def select_rows(tree: Any, axes: Any, rows: Sequence[int]) -> Any:
     """The given rows of a nested output; fresh lists every time, since pipelines write into them."""
-    if axes is None:
+    if axes is None or axes == NOTHING:
         return tree
     if axes == LIST:
         return [tree[row] for row in rows]
@@ -51,7 +61,7 @@ def select_rows(tree: Any, axes: Any, rows: Sequence[int]) -> Any:
 
 def shapes_beside(axes: Any, tree: Any) -> Any:
     """The sizes of a nested output but for its batch dimension."""
-    if axes is None or axes == LIST:
+    if axes is None or isinstance(axes, str):
         return None
     if isinstance(axes, int):
         return [size for dim, size in enumerate(tree.shape) if dim != axes]
@@ -60,7 +70,7 @@ def shapes_beside(axes: Any, tree: Any) -> Any:
 
 def concatenate_rows(trees: Sequence[Any], axes: Any) -> Any:
     """Joins outputs row by row; they must agree in [`shapes_beside`]."""
-    if axes is None:
+    if axes is None or axes == NOTHING:
         return trees[0]
     if axes == LIST:
         return [row for tree in trees for row in tree]
@@ -121,28 +131,47 @@ class PromptMemo:
         kind = (tuple(text), others)
         if kind not in self._axes:
             self._axes[kind] = batch_axes(encode(distinct[:1]), encode(distinct[:1] * 2))
-        axes = self._axes[kind]
         position = {row: index for index, row in enumerate(distinct)}
-        record = Encoded(self._encode_missing(distinct, kind, encode, axes), axes, tuple(position[s] for s in samples))
+        output, axes = self._encode_missing(distinct, kind, encode)
+        record = Encoded(output, axes, tuple(position[s] for s in samples))
         return record.select(None), record
 
-    def _encode_missing(self, distinct: list, kind: Any, encode: Callable, axes: Any) -> Any:
+    def _encode_missing(self, distinct: list, kind: Any, encode: Callable) -> tuple[Any, Any]:
+        """The output for distinct rows, from those that are remembered and the others, and where its batch lies."""
+        axes = self._axes[kind]
+        together = (kind, tuple(distinct))
+        if together in self._rows:
+            return self._rows[together]
         missing = [row for row in distinct if (kind, row) not in self._rows]
         if missing:
             encoded = encode(missing)
+            if not fits(axes, encoded):
+                return self._encode_together(together, distinct, encode)
             for index, row in enumerate(missing):
                 self._rows[kind, row] = select_rows(encoded, axes, [index])
         found = []
         for row in distinct:
             self._rows.move_to_end((kind, row))
             found.append(self._rows[kind, row])
-        while len(self._rows) > max(MAX_CACHED_PROMPTS, len(distinct)):
-            self._rows.popitem(last=False)
+        self._forget_oldest(len(distinct))
         if len(missing) == len(distinct):
-            return encoded
-        if len({repr(shapes_beside(axes, row)) for row in found}) > 1:
-            return encode(distinct)  # encoded at another time and padded to another length: now together
-        return concatenate_rows(found, axes)
+            return encoded, axes
+        if len({repr(shapes_beside(axes, row)) for row in found}) == 1:
+            return concatenate_rows(found, axes), axes
+        encoded = encode(distinct)  # encoded at another time and padded to another length: now together
+        return (encoded, axes) if fits(axes, encoded) else self._encode_together(together, distinct, encode)
+
+    def _encode_together(self, together: Any, distinct: list, encode: Callable) -> tuple[Any, Any]:
+        """For an output that has one structure for a row alone and another for these rows: remembered as a whole."""
+        encoded = encode(distinct)
+        axes = batch_axes(encoded, encode(distinct * 2), len(distinct))
+        self._rows[together] = encoded, axes
+        self._forget_oldest(1)
+        return encoded, axes
+
+    def _forget_oldest(self, needed: int) -> None:
+        while len(self._rows) > max(MAX_CACHED_PROMPTS, needed):
+            self._rows.popitem(last=False)
 
 
 def _is_list_of_text(value: Any) -> bool:
@@ -150,4 +179,6 @@ def _is_list_of_text(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, (str, int, float, bool, torch.device, torch.dtype))

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL.Image import Image
 from torch import nn
 
 from dpok_trl.core.gaussian import Reduction
+from dpok_trl.core.grid import SchedulerGrid
 from dpok_trl.core.trajectory import Trajectory
 from dpok_trl.core.transitions import Transition
-from dpok_trl.policy.lora import adapter_name, adapters_disabled
+from dpok_trl.policy.errors import ReplayError, UnsupportedPipelineError
+from dpok_trl.policy.hooks import PipelineHooks
+from dpok_trl.policy.interception import Networks, call_pipeline
 from dpok_trl.policy.memo import PromptMemo
-from dpok_trl.policy.reentry import DENOISER_NAMES, Recorder, ReplayedStep, Replayer, call_pipeline
-from dpok_trl.policy.schedulers import SchedulerGrid, make_transition, read_grid
+from dpok_trl.policy.recorder import Recorder
+from dpok_trl.policy.replayer import ReplayedStep, Replayer
+from dpok_trl.policy.schedulers import make_transition, read_grid, scheduler_note
+from dpok_trl.policy.tuning import Tuned
 
+
+logger = logging.getLogger(__name__)
 
 # Arguments of a pipeline's call that would be overridden or have no effect.
 OWN_ARGUMENTS = {
@@ -32,10 +42,6 @@ OWN_ARGUMENTS = {
 }
 
 
-class UnsupportedPipelineError(ValueError):
-    """The pipeline cannot be a policy as it is; the message says why and what to do."""
-
-
 class Policy(nn.Module):
     """A diffusion pipeline as a Gaussian policy over denoising steps (DPOK, https://arxiv.org/abs/2305.16381, section 4.1).
 
@@ -46,8 +52,10 @@ class Policy(nn.Module):
 
     Args:
         pipe (`DiffusionPipeline`): Used in place and left as it was found after every call.
+        tuned ([`~dpok_trl.policy.tuning.Tuned`], *optional*): What of it is trained. Default: its denoisers, with the adapters that they have.
         call_kwargs (`dict`, *optional*): Arguments of the pipeline's call that are the same for every sample: `num_inference_steps`,
-            `guidance_scale`, `height` ... A `negative_prompt` given as one string is repeated for each sample.
+            `guidance_scale`, `height` ... A `negative_prompt` given as one string is repeated for each sample, and so is the picture that an
+            image-to-image or inpainting pipeline starts from.
         kind (`str`, defaults to `"auto"`): The transition: `"ancestral"`, `"cps"`, `"flow_sde"`; `"auto"` is `"flow_sde"` for flow-matching
             schedulers and `"ancestral"` for the rest.
         eta (`float`, defaults to 1.0): Noise of `"ancestral"` and `"cps"`, in (0, 1].
@@ -55,6 +63,9 @@ class Policy(nn.Module):
         min_std (`float`, defaults to 0.0): Steps with a standard deviation of at most this are no actions. They are sampled like the rest and
             never trained on. Deterministic steps (std 0) are never actions.
         log_prob_reduction (`"mean"` or `"sum"`, defaults to `"mean"`): Over the latent's dimensions. The sum is the true density.
+        fp32_latents (`bool`, defaults to `False`): On a pipeline in half precision, keep the latents in fp32 between the steps. The networks
+            compute in the pipeline's dtype as before.
+        hooks ([`PipelineHooks`], *optional*): For a pipeline that departs from what all others do.
 
     Raises:
         [`UnsupportedPipelineError`]: No denoiser, or a combined pipeline; at a rollout, a cache hook.
@@ -64,6 +75,7 @@ class Policy(nn.Module):
     def __init__(
         self,
         pipe: DiffusionPipeline,
+        tuned: Tuned | None = None,
         *,
         call_kwargs: dict[str, Any] | None = None,
         kind: str = "auto",
@@ -71,27 +83,63 @@ class Policy(nn.Module):
         noise_level: float = 0.7,
         min_std: float = 0.0,
         log_prob_reduction: Reduction = "mean",
+        fp32_latents: bool = False,
+        hooks: PipelineHooks | None = None,
     ):
         super().__init__()
         self.pipe = pipe
-        self.denoisers = nn.ModuleDict(find_denoisers(pipe))
+        self.hooks = PipelineHooks() if hooks is None else hooks
+        self.tuned = Tuned(self.hooks.denoisers(pipe)) if tuned is None else tuned
+        self.networks = nn.ModuleDict(self.tuned.modules)
         self.call_kwargs = dict(call_kwargs or {})
         refuse_unknown_arguments(pipe, self.call_kwargs)
         self.kind, self.eta, self.noise_level, self.min_std = kind, eta, noise_level, min_std
         self.log_prob_reduction: Reduction = log_prob_reduction
+        self.fp32_latents = fp32_latents
+        self.offloaded: frozenset[str] = frozenset()  # components that are off the device
         encode_prompt = getattr(pipe, "encode_prompt", None)
-        self.memo = PromptMemo(encode_prompt) if encode_prompt is not None else None
-        self.denoisers.eval()
+        self.memo = PromptMemo(encode_prompt) if encode_prompt is not None and not self.tuned.text_encoders else None
+        self._in_reference = False
+        for module in self.tuned.modules.values():
+            module.eval()
+        if note := scheduler_note(pipe.scheduler):
+            logger.warning("%s", note)
+        if getattr(pipe, "safety_checker", None) is not None:
+            logger.warning(
+                "the safety checker of %s is off while the policy samples: an image that it blackens would be rewarded as the policy's own",
+                type(pipe).__name__,
+            )
 
     def train(self, mode: bool = True) -> Policy:
         """Does nothing: the denoiser stays in eval mode, or dropout would make the replay another draw than the rollout (and some
         transformers take another path in train mode). Gradient checkpointing works in eval mode."""
         return self
 
+    def with_call(self, **call_kwargs: Any) -> Policy:
+        """The same networks with other arguments of the call: train with `num_inference_steps=10`, evaluate `policy.with_call(num_inference_steps=50)`."""
+        return Policy(
+            self.pipe,
+            self.tuned,
+            call_kwargs={**self.call_kwargs, **call_kwargs},
+            kind=self.kind,
+            eta=self.eta,
+            noise_level=self.noise_level,
+            min_std=self.min_std,
+            log_prob_reduction=self.log_prob_reduction,
+            fp32_latents=self.fp32_latents,
+            hooks=self.hooks,
+        )
+
     # ---------------------------------------------------------------- rollout
 
     @torch.no_grad()
-    def rollout(self, prompts: Sequence[str], seeds: Sequence[int]) -> Trajectory:
+    def rollout(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        arguments: Mapping[str, Sequence[Any]] | None = None,
+        window: Collection[int] | None = None,
+    ) -> Trajectory:
         """Draws one image for each prompt with the current policy.
 
         Sample `i` is what the untouched pipeline draws for `prompts[i]` with `torch.Generator().manual_seed(seeds[i])`, if its scheduler
@@ -100,34 +148,56 @@ class Policy(nn.Module):
         Args:
             prompts (`Sequence[str]` of length `B`)
             seeds (`Sequence[int]` of length `B`): One for each sample, whatever the batch.
+            arguments (`Mapping[str, Sequence]`, *optional*): Arguments of the call that differ from sample to sample (`image`, `mask_image` ...), of
+                length `B` each; the pipeline gets lists.
+            window (`Collection[int]`, *optional*): The steps that are stochastic, counted from 0 (MixGRPO, https://arxiv.org/abs/2507.21802); the others
+                follow the deterministic ODE. Default: all.
 
         Returns:
             [`Trajectory`]
 
         Raises:
-            `ValueError`: If `prompts` and `seeds` differ in length, or no step is stochastic.
+            `ValueError`: If `prompts`, `seeds` and `arguments` differ in length, or no step is stochastic.
         """
         if len(prompts) != len(seeds) or len(prompts) == 0:
             raise ValueError(f"one seed for each prompt is needed: got {len(prompts)} prompts and {len(seeds)} seeds")
-        refuse_caches(self.pipe)
-        generators = _generators(seeds, self.pipe._execution_device)
-        recorder = Recorder(self._choose_steps, generators, self.log_prob_reduction, self.memo)
+        arguments = {name: list(values) for name, values in (arguments or {}).items()}
+        refuse_unknown_arguments(self.pipe, arguments)
+        for name, values in arguments.items():
+            if len(values) != len(prompts):
+                raise ValueError(
+                    f"'{name}' has {len(values)} values for {len(prompts)} prompts; one for each is needed"
+                )
+        for name, module in self.tuned.denoisers.items():
+            refuse_caches(name, module)
+        recorder = Recorder(
+            self._networks(),
+            lambda scheduler, begin: self._choose_steps(scheduler, begin, window),
+            _generators(seeds, self.pipe._execution_device),
+            self.log_prob_reduction,
+            self._scheduler_identity(),
+            self.fp32_latents,
+        )
         output = call_pipeline(
             self.pipe,
             recorder,
-            {**self._call_kwargs(prompts, generators), "output_type": "pt", "return_dict": False},
+            self._networks(),
+            {**self._call_kwargs(prompts, recorder.generators, arguments), "output_type": "pt"},
         )
         if not recorder.latents:
             raise UnsupportedPipelineError(f"{type(self.pipe).__name__} never called `scheduler.step`")
+        recorder.finish()
         steps = tuple(sorted(recorder.log_probs))
         return Trajectory(
             prompts=list(prompts),
             seeds=list(seeds),
-            images=_checked_images(output[0], len(prompts)),
+            images=_checked_images(self.hooks.images(output), len(prompts)),
             latents=tuple(recorder.latents),
+            next_latents=tuple(recorder.next_latents),
             steps=steps,
             log_probs=torch.stack([recorder.log_probs[step] for step in steps], dim=1),
-            recording=recorder.recording(),
+            arguments=arguments,
+            recording=recorder.recording,
         )
 
     # ---------------------------------------------------------------- replay
@@ -162,63 +232,104 @@ class Policy(nn.Module):
             raise ValueError(
                 f"steps {list(steps)} are not all actions of this trajectory, which are {list(trajectory.steps)}"
             )
+        now = self._scheduler_identity()
+        if now != trajectory.recording.scheduler:
+            raise ReplayError(
+                f"the pipeline's scheduler was changed between rollout and replay: it was {trajectory.recording.scheduler} and is {now}. Sample again "
+                "with the scheduler that is there now, or put the other one back."
+            )
         rows = range(len(trajectory)) if samples is None else samples
         if samples is not None and tuple(samples) == tuple(range(len(trajectory))):
             samples = None
-        replayer = Replayer(trajectory, samples, steps, self.log_prob_reduction, self.memo, verify)
+        replayer = Replayer(self._networks(), trajectory, samples, steps, self.log_prob_reduction, verify)
         generators = _generators([trajectory.seeds[row] for row in rows], trajectory.recording.device)
         prompts = [trajectory.prompts[row] for row in rows]
+        arguments = {name: [values[row] for row in rows] for name, values in trajectory.arguments.items()}
         call_pipeline(
             self.pipe,
             replayer,
-            {**self._call_kwargs(prompts, generators), "output_type": "latent", "return_dict": False},
+            self._networks(),
+            {**self._call_kwargs(prompts, generators, arguments), "output_type": "latent"},
         )
         return [replayer.outputs[step] for step in steps]
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within it the policy is the pretrained model: the adapters are off. Restored afterwards, also after an exception.
+        """Within it the policy is the pretrained model: the adapters are off, or the frozen copies answer. Restored afterwards, also after an
+        exception.
 
         Run it under `torch.no_grad()`; no backward pass may happen inside.
         """
-        for name, module in self.denoisers.items():
-            if adapter_name(module) is None:
-                raise UnsupportedPipelineError(
-                    f"`{name}` of {type(self.pipe).__name__} has no active LoRA adapter, so nothing can be trained and there is no reference to "
-                    f"compare with. Add one first: `pipe.{name}.add_adapter(LoraConfig(...))`."
-                )
-        with adapters_disabled(list(self.denoisers.values())):
-            yield
+        with self.tuned.pretrained_answers():
+            self._in_reference = True
+            try:
+                yield
+            finally:
+                self._in_reference = False
 
     # ---------------------------------------------------------------- internals
 
-    def _call_kwargs(self, prompts: Sequence[str], generators: list[torch.Generator]) -> dict[str, Any]:
+    def _networks(self) -> Networks:
+        tuned = self.tuned
+        return Networks(
+            denoisers=tuned.frozen if self._in_reference and tuned.frozen else tuned.denoisers,
+            dtypes={name: tuned.frozen.get(name, module).dtype for name, module in tuned.denoisers.items()},
+            absent=self.offloaded,
+            memo=self.memo,
+            encode_prompt=self.pipe.encode_prompt if tuned.text_encoders else None,
+            hooks=self.hooks,
+        )
+
+    def _call_kwargs(
+        self, prompts: Sequence[str], generators: list[torch.Generator], arguments: dict[str, list[Any]]
+    ) -> dict[str, Any]:
         kwargs = dict(self.call_kwargs)
         if isinstance(kwargs.get("negative_prompt"), str):
             kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
-        return {**kwargs, "prompt": list(prompts), "generator": generators}
+        if "strength" in inspect.signature(type(self.pipe).__call__).parameters:
+            # The picture that samples start from. Given once, it would be encoded with the first sample's generator for all of them.
+            for name in ("image", "mask_image"):
+                if isinstance(kwargs.get(name), Image):
+                    kwargs[name] = [kwargs[name]] * len(prompts)
+        return {**kwargs, **arguments, "prompt": list(prompts), "generator": generators, "return_dict": False}
 
-    def _choose_steps(self, scheduler: Any) -> tuple[SchedulerGrid, Transition, frozenset[int]]:
-        grid = read_grid(scheduler)
+    def _scheduler_identity(self) -> str:
+        scheduler = self.pipe.scheduler
+        settings = ", ".join(f"{key}={value}" for key, value in scheduler.config.items() if not key.startswith("_"))
+        return f"{type(scheduler).__name__}({settings})"
+
+    def _choose_steps(
+        self, scheduler: Any, begin: int, window: Collection[int] | None
+    ) -> tuple[SchedulerGrid, tuple[Transition, ...], frozenset[int]]:
+        grid = read_grid(scheduler).starting_at(begin)
         transition = make_transition(grid, self.kind, self.eta, self.noise_level)
-        stds = transition.std(grid.levels(torch.arange(len(grid.timesteps))))
-        actions = frozenset(index for index, std in enumerate(stds.tolist()) if std > self.min_std)
+        stds = transition.std(grid.levels(torch.arange(len(grid)))).tolist()
+        inside = range(len(grid)) if window is None else window
+        if not set(inside) & set(range(len(grid))):
+            raise ValueError(
+                f"none of the steps {sorted(inside)} of the stochastic window is one of the {len(grid)} steps of the call"
+            )
+        actions = frozenset(index for index, std in enumerate(stds) if index in inside and std > self.min_std)
         if not actions:
             raise ValueError(
-                f"no step is an action: the largest standard deviation of the {len(stds)} steps is {stds.max().item():.4g}, and only steps "
+                f"no step is an action: the largest standard deviation of the {len(stds)} steps is {max(stds):.4g}, and only steps "
                 f"above min_std = {self.min_std} count. Lower it, or raise eta (given: {self.eta})."
             )
-        return grid, transition, actions
+        ode = replace(transition, kind="ode")
+        return grid, tuple(transition if index in inside else ode for index in range(len(grid))), actions
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------
 
 
 def _checked_images(images: Any, count: int) -> torch.Tensor:
-    """Images as float32 `(B, 3, H, W)` in [0, 1]: what every reward is given."""
-    if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[:2] != (count, 3):
-        shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
-        raise UnsupportedPipelineError(f"images of shape ({count}, 3, H, W) are needed, and the pipeline gave {shape}")
+    """Images as float32 `(B, 3, H, W)`, videos as `(B, F, 3, H, W)`, in [0, 1]: what every reward is given."""
+    shape = tuple(images.shape) if isinstance(images, torch.Tensor) else ()
+    if len(shape) not in (4, 5) or shape[0] != count or shape[-3] != 3:
+        raise UnsupportedPipelineError(
+            f"images of shape ({count}, 3, H, W) or videos of shape ({count}, F, 3, H, W) are needed, and the pipeline gave {shape or type(images).__name__}. "
+            "If they stand elsewhere in its output, say so with `PipelineHooks.images`."
+        )
     images = images.float()
     if not images.isfinite().all():
         raise FloatingPointError(
@@ -230,25 +341,6 @@ def _checked_images(images: Any, count: int) -> torch.Tensor:
 
 def _generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generator]:
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-
-def find_denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The networks that the denoising loop calls, by component name.
-
-    Raises:
-        [`UnsupportedPipelineError`]: If there is none, or the pipeline is made of other pipelines.
-    """
-    inner = [name for name, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)]
-    if inner:
-        raise UnsupportedPipelineError(
-            f"{type(pipe).__name__} is made of other pipelines ({', '.join(inner)}). Tune the inner one and put it back."
-        )
-    denoisers = {name: getattr(pipe, name) for name in DENOISER_NAMES if getattr(pipe, name, None) is not None}
-    if not denoisers:
-        raise UnsupportedPipelineError(
-            f"{type(pipe).__name__} has none of the components {', '.join(DENOISER_NAMES)}; it has {', '.join(pipe.components)}."
-        )
-    return denoisers
 
 
 def refuse_unknown_arguments(pipe: DiffusionPipeline, call_kwargs: dict[str, Any]) -> None:
@@ -269,15 +361,14 @@ def refuse_unknown_arguments(pipe: DiffusionPipeline, call_kwargs: dict[str, Any
             )
 
 
-def refuse_caches(pipe: DiffusionPipeline) -> None:
+def refuse_caches(name: str, module: nn.Module) -> None:
     """Raises [`UnsupportedPipelineError`] where a cache hook would reuse one step's activations in another: a replay skips steps."""
-    for name, module in find_denoisers(pipe).items():
-        for part in module.modules():
-            registry = getattr(part, "_diffusers_hook", None)
-            stateful = [] if registry is None else [h for h in registry.hooks.values() if h._is_stateful]
-            if stateful:
-                raise UnsupportedPipelineError(
-                    f"`{name}` has the cache hook {type(stateful[0]).__name__}, which carries activations from step to "
-                    "step; a step of such a policy depends on more than its latents and cannot be replayed alone. Take the hook out first "
-                    "(`disable_cache()`)."
-                )
+    for part in module.modules():
+        registry = getattr(part, "_diffusers_hook", None)
+        stateful = [] if registry is None else [h for h in registry.hooks.values() if h._is_stateful]
+        if stateful:
+            raise UnsupportedPipelineError(
+                f"`{name}` has the cache hook {type(stateful[0]).__name__}, which carries activations from step to "
+                "step; a step of such a policy depends on more than its latents and cannot be replayed alone. Take the hook out first "
+                "(`disable_cache()`)."
+            )

@@ -6,82 +6,23 @@ distribution that can be drawn, scored and compared.
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import diffusers
 import torch
 from torch import Tensor
 
-from ..core.gaussian import Gaussian, Reduction
-from ..core.transitions import NoiseLevels, PredictionType, Transition, TransitionKind, predict_x0_eps
+from ..core.gaussian import Reduction
+from ..core.grid import SchedulerGrid, next_distribution
+from ..core.transitions import PredictionType, Transition, TransitionKind
 
 
 class UnsupportedSchedulerError(ValueError):
     """The scheduler has no first-order Markov step that could be a policy; the message names one that has."""
-
-
-@dataclass(frozen=True, eq=False)
-class SchedulerGrid:
-    """
-    What the mathematics needs to know of a scheduler after `set_timesteps`, in S steps of denoising.
-
-    Args:
-        timesteps (`torch.Tensor` of shape `(S,)`, float64, CPU): The scheduler's values, in the order of denoising.
-        alpha (`torch.Tensor` of shape `(S + 1,)`, float64, CPU): Signal level before each step; the last entry holds
-            after the last step.
-        sigma (`torch.Tensor` of shape `(S + 1,)`, float64, CPU): Noise level, likewise.
-        prediction_type (`str`): What the network predicts; see [`~dpok_trl.core.transitions.predict_x0_eps`].
-        clip_range (`float`, *optional*): The predicted x0 is clamped to `[-clip_range, clip_range]`.
-        epsilon_from_clipped_x0 (`bool`): Whether eps is derived again from the clamped x0 (DDPM does, DDIM does not).
-        is_flow (`bool`): Whether `alpha = 1 - sigma`.
-
-    Raises:
-        ValueError: If the lengths do not fit or the levels are not those of denoising.
-    """
-
-    timesteps: Tensor
-    alpha: Tensor
-    sigma: Tensor
-    prediction_type: PredictionType
-    clip_range: float | None
-    epsilon_from_clipped_x0: bool
-    is_flow: bool
-
-    def __post_init__(self) -> None:
-        steps = len(self.timesteps)
-        if steps == 0 or self.alpha.shape != (steps + 1,) or self.sigma.shape != (steps + 1,):
-            raise ValueError(
-                f"a grid of {steps} timesteps needs {steps + 1} values of alpha and of sigma and at least one step, "
-                f"but has shapes {tuple(self.alpha.shape)} and {tuple(self.sigma.shape)}"
-            )
-        self.levels(torch.arange(steps))  # checks all steps at once
-
-    def __len__(self) -> int:
-        return len(self.timesteps)
-
-    def levels(self, step_index: int | Tensor) -> NoiseLevels:
-        """
-        The two ends of a step.
-
-        Args:
-            step_index (`int` or `torch.LongTensor` of shape `(B,)`):
-                In `[0, S)`: the position in the loop. Never look it up from a timestep, which may repeat.
-
-        Returns:
-            [`~dpok_trl.core.transitions.NoiseLevels`] of shape `()` or `(B,)`.
-        """
-        if isinstance(step_index, Tensor):
-            step_index = step_index.cpu()
-            inside = bool(((step_index >= 0) & (step_index < len(self))).all())
-        else:
-            inside = 0 <= step_index < len(self)
-        if not inside:
-            raise IndexError(f"step_index must be in [0, {len(self)}), but is {step_index}")
-        return NoiseLevels(
-            self.alpha[step_index], self.sigma[step_index], self.alpha[step_index + 1], self.sigma[step_index + 1]
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,57 +44,109 @@ class DPOKSchedulerOutput:
     std: Tensor
 
 
+def policy_scheduler(scheduler: diffusers.SchedulerMixin) -> diffusers.SchedulerMixin:
+    """
+    What a rollout walks on in place of the user's scheduler, whose `step` it replaces.
+
+    Args:
+        scheduler (`diffusers.SchedulerMixin`): The user's; not changed.
+
+    Returns:
+        `diffusers.SchedulerMixin`: A shallow copy, of the very same type (pipelines compare it). For the schedulers that
+        evaluate a timestep twice or hand themselves more than latents (PNDM, CogVideoXDPM), the first-order scheduler
+        on the same noise schedule and spacing.
+    """
+    for name, (replacement, defaults) in _WALKED_ON.items():
+        if _is_a(scheduler, name):
+            return _on_the_schedule_of(scheduler, replacement, defaults)
+    return copy.copy(scheduler)
+
+
+def as_ddim(scheduler: diffusers.SchedulerMixin) -> diffusers.DDIMScheduler:
+    """DDIM on the noise schedule and spacing of another scheduler."""
+    return _on_the_schedule_of(scheduler, diffusers.DDIMScheduler, _DDIM_DEFAULTS)
+
+
+def scheduler_note(scheduler: diffusers.SchedulerMixin) -> str | None:
+    """
+    What the policy does otherwise than the user's scheduler, beside the noise of its steps.
+
+    Returns:
+        `str` or `None`: One line to log; `None` if the scheduler's own step is of first order.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    for walked, (replacement, _) in _WALKED_ON.items():
+        if _is_a(scheduler, walked):
+            return (
+                f"a step of {name} depends on earlier model outputs too and is no policy: sampling with "
+                f"{replacement.__name__} on the same noise schedule and spacing instead. The pipeline keeps its {name}."
+            )
+    notes = []
+    order = LMS_ORDER if _is_a(scheduler, "LMSDiscreteScheduler") else config.get("solver_order", 1)
+    if order > 1:
+        notes.append(f"order {order} (solver_order) uses the model outputs of earlier steps too and is forced to 1")
+    if _is_a(scheduler, "UniPCMultistepScheduler"):
+        notes.append("its corrector, which looks back at the step before, is left out")
+    variance = config.get("variance_type")
+    if variance in _LARGE_VARIANCES:
+        notes.append(f'variance_type="{variance}" becomes the variance of the posterior ("fixed_small")')
+    return f"{name}: {'; '.join(notes)}. Timesteps and noise levels stay." if notes else None
+
+
 def read_grid(scheduler: diffusers.SchedulerMixin) -> SchedulerGrid:
     """
     Reads the grid of a diffusers scheduler, as its last `set_timesteps` has left it.
 
     The next noise level of step i is that of `timesteps[i + 1]`, as in DDPM. Departs from `DDIMScheduler.step`, which
     goes to `t - num_train_timesteps // num_inference_steps`: with `"linspace"` and most `"trailing"` spacings this is
-    not the timestep at which the loop goes on.
+    not the timestep at which the loop goes on. Multistep solvers are read whatever their order: the grid does not
+    depend on it, and the policy's step is of first order.
 
     Args:
         scheduler (`diffusers.SchedulerMixin`):
-            DDIM, DDPM, Euler, Euler-ancestral, FlowMatchEuler, or first-order DPM-Solver++, DEIS or UniPC.
+            A scheduler of those in `docs/how-it-works.md`, best from [`policy_scheduler`].
 
     Returns:
         [`SchedulerGrid`]
 
     Raises:
-        UnsupportedSchedulerError: If its steps are not Markov (Heun, PNDM, second order ...), learn their variance,
-            threshold dynamically, or if the class is unknown. The message names a scheduler that works.
-        ValueError: If `set_timesteps` has not been called.
+        UnsupportedSchedulerError: If its grid has more than one network call per step (Heun, PNDM ...), if it learns
+            its variance or thresholds dynamically, or if the class is unknown. The message names one that works.
+        ValueError: If `set_timesteps` has not been called, or the grid is not one of denoising.
     """
     for refused, advice in _NOT_MARKOV.items():
-        if isinstance(scheduler, getattr(diffusers, refused)):
+        if _is_a(scheduler, refused):
             _refuse(scheduler, "a step of it is not a function of the current latents alone (not Markov)", advice)
     for readable, reader in _READERS.items():
-        if isinstance(scheduler, getattr(diffusers, readable)):
+        if _is_a(scheduler, readable):
             _refuse_options(scheduler)
             return reader(scheduler)
     advice = _ADVICE_FLOW if "Flow" in type(scheduler).__name__ else _ADVICE_VP
     _refuse(scheduler, "its grid is not one this package can read", advice)
 
 
+def _is_a(scheduler: diffusers.SchedulerMixin, name: str) -> bool:
+    # By name, since diffusers exports some classes only with scipy or in newer versions.
+    return any(base.__name__ == name for base in type(scheduler).__mro__)
+
+
 def _refuse_options(scheduler: diffusers.SchedulerMixin) -> None:
     """Refuses options under which a scheduler of a readable class does something that our transitions do not."""
-    again, config = f"{type(scheduler).__name__}.from_config(pipe.scheduler.config, ", scheduler.config
-    if config.get("solver_order", 1) > 1:
-        problem = f"solver_order={config.solver_order} uses earlier steps too (not Markov)"
-        _refuse(scheduler, problem, again + "solver_order=1)")
+    config, problems, changes = scheduler.config, [], []
     if config.get("thresholding", False):
-        _refuse(scheduler, "dynamic thresholding has no usable gradient", again + "thresholding=False)")
+        problems.append("dynamic thresholding has no usable gradient")
+        changes.append("thresholding=False")
     variance = config.get("variance_type") or "fixed_small"
-    if variance not in ("fixed_small", "fixed_small_log"):
-        problem = f'variance_type="{variance}" is not the variance of the posterior'
-        if variance.startswith("learned"):
-            problem += ", and the network has to be one that does not predict its variance"
-        _refuse(scheduler, problem, again + 'variance_type="fixed_small")')
-    # FlowMatchEuler has no prediction_type: flow matching knows but one.
-    prediction_type = config.get("prediction_type", "flow_prediction")
-    if prediction_type not in get_args(PredictionType):
-        kinds = ", ".join(map(repr, get_args(PredictionType)))
-        _refuse(scheduler, f"prediction_type={prediction_type!r} is not one of {kinds}", _ADVICE_VP)
-    if scheduler.timesteps.dim() != 1:
+    if variance not in ("fixed_small", "fixed_small_log", *_LARGE_VARIANCES):
+        problems.append(
+            f'variance_type="{variance}" lets the network choose the noise of a step; without it, pipelines that know '
+            "of such networks drop the channels that predict the variance"
+        )
+        changes.append('variance_type="fixed_small"')
+    if problems:
+        advice = f"{type(scheduler).__name__}.from_config(pipe.scheduler.config, {', '.join(changes)})"
+        _refuse(scheduler, "; ".join(problems), advice)
+    if scheduler.timesteps is not None and scheduler.timesteps.dim() != 1:
         raise ValueError(f"the scheduler's timesteps must be 1-D, but have shape {tuple(scheduler.timesteps.shape)}")
 
 
@@ -168,7 +161,8 @@ def make_transition(
 
     Args:
         grid ([`SchedulerGrid`]): The grid.
-        kind (`str`, defaults to `"auto"`): `"flow_sde"` on flow grids and `"ancestral"` on all others, or one of
+        kind (`str`, defaults to `"auto"`): `"cps"` where the scheduler's own step puts new noise on x0 (LCM, SCM, TCD,
+            `stochastic_sampling=True`), `"flow_sde"` on other flow grids and `"ancestral"` on all others; or one of
             [`~dpok_trl.core.transitions.TransitionKind`].
         eta (`float` in (0, 1], defaults to 1.0): Noise of `"ancestral"` and `"cps"`.
         noise_level (`float` > 0, defaults to 0.7): Noise of `"flow_sde"`.
@@ -177,38 +171,15 @@ def make_transition(
         ValueError: If `kind` is unknown or does not fit the grid, or if a number is out of range.
     """
     if kind == "auto":
-        kind = "flow_sde" if grid.is_flow else "ancestral"
+        kind = "cps" if grid.renoises else "flow_sde" if grid.is_flow else "ancestral"
+    if kind not in get_args(TransitionKind):
+        raise ValueError(f"kind must be 'auto' or one of {get_args(TransitionKind)}, but is {kind!r}")
     if kind == "flow_sde" and not grid.is_flow:
         raise ValueError(
             'kind "flow_sde" needs a flow-matching scheduler (alpha = 1 - sigma), and this one is not; '
             'use "ancestral" or "auto"'
         )
     return Transition(kind=kind, eta=eta, noise_level=noise_level)
-
-
-def next_distribution(
-    grid: SchedulerGrid, transition: Transition, model_output: Tensor, sample: Tensor, step_index: int | Tensor
-) -> Gaussian:
-    """
-    The distribution of the next latents: the policy `p(x_{t-1} | x_t, prompt)`.
-
-    Args:
-        grid ([`SchedulerGrid`]): From [`read_grid`].
-        transition ([`~dpok_trl.core.transitions.Transition`]): From [`make_transition`].
-        model_output (`torch.Tensor` of shape `(B, *)`): What the pipeline hands to `scheduler.step`; any dtype.
-        sample (`torch.Tensor` of shape `(B, *)`): The latents before the step; any dtype.
-        step_index (`int` or `torch.LongTensor` of shape `(B,)`): In `[0, S)`.
-
-    Returns:
-        [`~dpok_trl.core.gaussian.Gaussian`]: Computed in float32, with the gradient to `model_output`.
-    """
-    levels = grid.levels(step_index)
-    x0, eps = predict_x0_eps(model_output, sample, levels, grid.prediction_type)
-    if grid.clip_range is not None:
-        x0 = x0.clamp(-grid.clip_range, grid.clip_range)
-        if grid.epsilon_from_clipped_x0:
-            _, eps = predict_x0_eps(x0, sample, levels, "sample")
-    return transition(sample, x0, eps, levels)
 
 
 def scheduler_step(
@@ -283,78 +254,154 @@ def _index_of(grid: SchedulerGrid, timestep: int | float | Tensor) -> int | Tens
 
 
 def _read_alphas_cumprod(scheduler: diffusers.SchedulerMixin) -> SchedulerGrid:
-    """DDIM and DDPM: integer timesteps into `alphas_cumprod`."""
-    is_ddpm = isinstance(scheduler, (diffusers.DDPMScheduler, diffusers.DDPMParallelScheduler))
+    """DDIM, DDPM and the consistency models' schedulers: integer timesteps into `alphas_cumprod`."""
+    is_ddpm = _is_a(scheduler, "DDPMScheduler") or _is_a(scheduler, "DDPMParallelScheduler")
     if scheduler.num_inference_steps is None and not (is_ddpm and scheduler.custom_timesteps):
         raise ValueError("the scheduler has no grid yet: call scheduler.set_timesteps(num_inference_steps) first")
-    final = torch.tensor(1.0) if is_ddpm else scheduler.final_alpha_cumprod
-    visited = scheduler.alphas_cumprod.cpu()[scheduler.timesteps.cpu()]
-    signal = torch.cat([visited, final.cpu().reshape(1)]).double()
-    config = scheduler.config
+    is_lcm, is_tcd = _is_a(scheduler, "LCMScheduler"), _is_a(scheduler, "TCDScheduler")
+    if is_ddpm or is_lcm:
+        final = torch.tensor(1.0)
+    elif is_tcd:
+        final = scheduler.alphas_cumprod[0]
+    else:
+        final = scheduler.final_alpha_cumprod
+    visited = scheduler.alphas_cumprod.cpu()[scheduler.timesteps.cpu()].double()
+    signal = torch.cat([visited, final.cpu().double().reshape(1)])
+    # CogVideoX's and TCD's schedulers have the option but do not clamp.
+    clamps = scheduler.config.clip_sample and not (is_tcd or _is_a(scheduler, "CogVideoXDDIMScheduler"))
     return SchedulerGrid(
         timesteps=scheduler.timesteps.cpu().double(),
         alpha=signal.sqrt(),
         sigma=(1.0 - signal).sqrt(),
-        prediction_type=config.prediction_type,
-        clip_range=config.clip_sample_range if config.clip_sample else None,
+        prediction_type=_prediction_type(scheduler),
+        clip_range=scheduler.config.clip_sample_range if clamps else None,
         epsilon_from_clipped_x0=is_ddpm,
-        is_flow=False,
+        x0_scalings=_lcm_scalings(scheduler) if is_lcm else None,
+        renoises=is_lcm or is_tcd,
     )
+
+
+def _lcm_scalings(scheduler: diffusers.SchedulerMixin) -> tuple[Tensor, Tensor]:
+    """Those of `get_scalings_for_boundary_condition_discrete`, which make x0 the latents themselves at timestep 0."""
+    scaled_timesteps = scheduler.timesteps.cpu().double() * scheduler.config.timestep_scaling
+    total = scaled_timesteps.square() + LCM_SIGMA_DATA**2
+    return scaled_timesteps / total.sqrt(), LCM_SIGMA_DATA**2 / total
 
 
 def _read_variance_exploding(scheduler: diffusers.SchedulerMixin) -> SchedulerGrid:
-    """Euler and Euler-ancestral: x = x0 + sigma * eps, with `scale_model_input` before the network."""
-    sigma = _sigmas(scheduler)
-    return _without_clipping(scheduler, torch.ones_like(sigma), sigma, is_flow=False)
+    """Euler, Euler-ancestral and LMS: x = x0 + sigma * eps, with `scale_model_input` before the network."""
+    timesteps, sigma = _timesteps_and_sigmas(scheduler)
+    return SchedulerGrid(timesteps, torch.ones_like(sigma), sigma, _prediction_type(scheduler))
+
+
+def _read_edm(scheduler: diffusers.SchedulerMixin) -> SchedulerGrid:
+    """EDM: x = x0 + sigma * eps, and the network predicts what is left of x0 after a share of x."""
+    prediction_type, data = _prediction_type(scheduler), scheduler.config.sigma_data
+    if prediction_type == "sample":
+        _refuse(scheduler, "it has no scalings for prediction_type='sample'", _ADVICE_VE)
+    timesteps, sigma = _timesteps_and_sigmas(scheduler)
+    here = sigma[:-1]
+    c_out = here * data / (here.square() + data**2).sqrt()
+    c_skip = data**2 / (here.square() + data**2)
+    scalings = (-c_out if prediction_type == "v_prediction" else c_out, c_skip)
+    return SchedulerGrid(timesteps, torch.ones_like(sigma), sigma, "sample", x0_scalings=scalings)
 
 
 def _read_flow(scheduler: diffusers.SchedulerMixin) -> SchedulerGrid:
-    """FlowMatchEuler: x = (1 - sigma) * x0 + sigma * eps, and the network predicts eps - x0."""
-    if scheduler.config.get("invert_sigmas", False):
-        problem = "invert_sigmas=True counts noise the other way round, as only Mochi's network expects"
-        _refuse(scheduler, problem, _ADVICE_FLOW.replace(")", ", invert_sigmas=False)"))
-    sigma = _sigmas(scheduler)
-    return _without_clipping(scheduler, 1.0 - sigma, sigma, is_flow=True)
+    """Flow matching: x = (1 - sigma) * x0 + sigma * eps, and the network predicts eps - x0."""
+    config = scheduler.config
+    if config.get("scale_factors"):
+        advice = f"{type(scheduler).__name__}.from_config(pipe.scheduler.config, scale_factors=None)"
+        _refuse(scheduler, "scale_factors enlarge the latents between two steps", advice)
+    timesteps, sigma = _timesteps_and_sigmas(scheduler)
+    renoises = _is_a(scheduler, "FlowMatchLCMScheduler") or bool(config.get("stochastic_sampling", False))
+    if not config.get("invert_sigmas", False):
+        return SchedulerGrid(timesteps, 1.0 - sigma, sigma, "flow_prediction", is_flow=True, renoises=renoises)
+    # Mochi counts the signal instead of the noise, and its network predicts x0 - eps: x0 = x + (1 - signal) * output.
+    noise = 1.0 - sigma
+    scalings = (noise[:-1], torch.ones_like(noise[:-1]))
+    return SchedulerGrid(timesteps, sigma, noise, "sample", is_flow=True, x0_scalings=scalings, renoises=renoises)
 
 
 def _read_solver(scheduler: diffusers.SchedulerMixin) -> SchedulerGrid:
-    """First-order DPM-Solver and its kin: `sigmas` are the flow's, or noise-to-signal ratios of a VP grid."""
-    sigma, is_flow = _sigmas(scheduler), bool(scheduler.config.use_flow_sigmas)
-    if is_flow != (scheduler.config.prediction_type == "flow_prediction"):
+    """DPM-Solver and its kin: `sigmas` are the flow's, or noise-to-signal ratios of a VP grid."""
+    prediction_type, is_flow = _prediction_type(scheduler), bool(scheduler.config.use_flow_sigmas)
+    if is_flow != (prediction_type == "flow_prediction"):
         _refuse(
             scheduler,
-            f"prediction_type={scheduler.config.prediction_type!r} does not go with use_flow_sigmas={is_flow}",
+            f"prediction_type={prediction_type!r} does not go with use_flow_sigmas={is_flow}",
             f"{type(scheduler).__name__}.from_config(pipe.scheduler.config, use_flow_sigmas={not is_flow})",
         )
+    timesteps, sigma = _timesteps_and_sigmas(scheduler)
     if is_flow:
-        return _without_clipping(scheduler, 1.0 - sigma, sigma, is_flow=True)
+        return SchedulerGrid(timesteps, 1.0 - sigma, sigma, prediction_type, is_flow=True)
     alpha = (1.0 + sigma.square()).rsqrt()
-    return _without_clipping(scheduler, alpha, sigma * alpha, is_flow=False)
+    return SchedulerGrid(timesteps, alpha, sigma * alpha, prediction_type)
 
 
-def _sigmas(scheduler: diffusers.SchedulerMixin) -> Tensor:
-    if len(scheduler.sigmas) != len(scheduler.timesteps) + 1:
-        raise ValueError(
-            f"the scheduler has {len(scheduler.sigmas)} sigmas for {len(scheduler.timesteps)} timesteps and needs one "
-            "more than timesteps: call scheduler.set_timesteps(num_inference_steps) first"
-        )
-    sigmas: Tensor = scheduler.sigmas.cpu().double()
-    return sigmas
-
-
-def _without_clipping(
-    scheduler: diffusers.SchedulerMixin, alpha: Tensor, sigma: Tensor, is_flow: bool
-) -> SchedulerGrid:
+def _read_trigflow(scheduler: diffusers.SchedulerMixin) -> SchedulerGrid:
+    """SCM: x = cos(t) * x0 + sin(t) * sigma_data * eps, and x0 is cos(t) * x - sin(t) * output."""
+    if scheduler.num_inference_steps is None:
+        raise ValueError("the scheduler has no grid yet: call scheduler.set_timesteps(num_inference_steps) first")
+    angle = scheduler.timesteps.cpu().double()
+    # Its first angle of 1.5708 is past pi / 2, by 4e-6: no signal, and not a negative one.
+    cosine, sine = angle.cos().clamp(min=0.0), angle.sin()
     return SchedulerGrid(
-        timesteps=scheduler.timesteps.cpu().double(),
-        alpha=alpha,
-        sigma=sigma,
-        prediction_type="flow_prediction" if is_flow else scheduler.config.prediction_type,
-        clip_range=None,
-        epsilon_from_clipped_x0=False,
-        is_flow=is_flow,
+        timesteps=angle[:-1],
+        alpha=cosine,
+        sigma=scheduler.config.sigma_data * sine,
+        prediction_type="sample",
+        x0_scalings=(-sine[:-1], cosine[:-1]),
+        renoises=True,
     )
 
+
+def _timesteps_and_sigmas(scheduler: diffusers.SchedulerMixin) -> tuple[Tensor, Tensor]:
+    """Both on the CPU in float64, one more sigma than timesteps."""
+    # With sigmas of the caller's, LTX's scheduler gives the last of them a timestep too, at which no step begins.
+    surplus = (0, 1) if _is_a(scheduler, "LTXEulerAncestralRFScheduler") else (1,)
+    if scheduler.sigmas is None or len(scheduler.sigmas) - len(scheduler.timesteps) not in surplus:
+        counts = (
+            "none" if scheduler.sigmas is None else f"{len(scheduler.sigmas)} for {len(scheduler.timesteps)} timesteps"
+        )
+        raise ValueError(
+            f"the scheduler needs one more sigma than timesteps and has {counts}: call "
+            "scheduler.set_timesteps(num_inference_steps) first"
+        )
+    sigmas = scheduler.sigmas.cpu().double()
+    return scheduler.timesteps.cpu().double()[: len(sigmas) - 1], sigmas
+
+
+def _prediction_type(scheduler: diffusers.SchedulerMixin) -> PredictionType:
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "original_sample":  # Euler's other name for it
+        return "sample"
+    if prediction_type not in get_args(PredictionType):
+        kinds = ", ".join(map(repr, get_args(PredictionType)))
+        problem = f"prediction_type={prediction_type!r} is not one of {kinds}; it has to be what the network predicts"
+        advice = f'{type(scheduler).__name__}.from_config(pipe.scheduler.config, prediction_type="epsilon")'
+        _refuse(scheduler, problem, advice)
+    return prediction_type
+
+
+def _on_the_schedule_of(scheduler: Any, replacement: Any, defaults: dict[str, Any]) -> Any:
+    # Not `from_config`, which drops every value that the first config had by default, also where the two defaults differ.
+    accepted = inspect.signature(replacement.__init__).parameters
+    return replacement(**{**defaults, **{name: value for name, value in scheduler.config.items() if name in accepted}})
+
+
+LMS_ORDER = 4  # the default of `LMSDiscreteScheduler.step`, and no option of pipelines
+LCM_SIGMA_DATA = 0.5  # fixed in `LCMScheduler`
+
+_LARGE_VARIANCES = ("fixed_large", "fixed_large_log")
+
+# DDIM's own defaults for keys that the other config lacks would clamp x_0 in latent space.
+_DDIM_DEFAULTS = {"clip_sample": False, "set_alpha_to_one": False}
+
+_WALKED_ON: dict[str, tuple[Any, dict[str, Any]]] = {
+    "PNDMScheduler": (diffusers.DDIMScheduler, _DDIM_DEFAULTS),
+    "CogVideoXDPMScheduler": (diffusers.CogVideoXDDIMScheduler, {}),
+}
 
 _ADVICE_VP = "DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)"
 _ADVICE_VE = "EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)"
@@ -365,22 +412,34 @@ _READERS: dict[str, Callable[[diffusers.SchedulerMixin], SchedulerGrid]] = {
     "DDIMParallelScheduler": _read_alphas_cumprod,
     "DDPMScheduler": _read_alphas_cumprod,
     "DDPMParallelScheduler": _read_alphas_cumprod,
+    "CogVideoXDDIMScheduler": _read_alphas_cumprod,
+    "LCMScheduler": _read_alphas_cumprod,
+    "TCDScheduler": _read_alphas_cumprod,
     "EulerDiscreteScheduler": _read_variance_exploding,
     "EulerAncestralDiscreteScheduler": _read_variance_exploding,
+    "LMSDiscreteScheduler": _read_variance_exploding,
+    "EDMEulerScheduler": _read_edm,
+    "EDMDPMSolverMultistepScheduler": _read_edm,
     "FlowMatchEulerDiscreteScheduler": _read_flow,
+    "FlowMatchLCMScheduler": _read_flow,
+    "LTXEulerAncestralRFScheduler": _read_flow,
     "DPMSolverMultistepScheduler": _read_solver,
     "DPMSolverSinglestepScheduler": _read_solver,
     "DEISMultistepScheduler": _read_solver,
     "UniPCMultistepScheduler": _read_solver,
+    "SCMScheduler": _read_trigflow,
 }
 
+# PNDM and CogVideoXDPM are here for those who read them directly; a rollout never walks on them.
 _NOT_MARKOV = {
     "PNDMScheduler": _ADVICE_VP,
+    "CogVideoXDPMScheduler": "CogVideoXDDIMScheduler.from_config(pipe.scheduler.config)",
     "IPNDMScheduler": _ADVICE_VP,
-    "LMSDiscreteScheduler": _ADVICE_VE,
     "HeunDiscreteScheduler": _ADVICE_VE,
     "KDPM2DiscreteScheduler": _ADVICE_VE,
     "KDPM2AncestralDiscreteScheduler": _ADVICE_VE,
+    "DPMSolverSDEScheduler": _ADVICE_VE,
+    "SASolverScheduler": _ADVICE_VP,
     "FlowMatchHeunDiscreteScheduler": _ADVICE_FLOW,
 }
 

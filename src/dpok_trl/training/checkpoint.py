@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpok_trl.policy.lora import load_lora, save_lora
 from dpok_trl.results.runlog import METRICS_FILE
 
 
@@ -35,8 +34,8 @@ class Checkpoints:
         self.trainer = trainer
         self.folder = trainer.output_dir
         self.limit = trainer.config.project_kwargs.get("total_limit") or trainer.config.num_checkpoint_limit
-        trainer.accelerator.register_save_state_pre_hook(self._save_adapter)
-        trainer.accelerator.register_load_state_pre_hook(self._load_adapter)
+        trainer.accelerator.register_save_state_pre_hook(self._save_networks)
+        trainer.accelerator.register_load_state_pre_hook(self._load_networks)
 
     # ---------------------------------------------------------------- save
 
@@ -75,10 +74,10 @@ class Checkpoints:
             "files": {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()},
         }
 
-    def _save_adapter(self, models: list, weights: list, output_dir: str) -> None:
+    def _save_networks(self, models: list, weights: list, output_dir: str) -> None:
         if self.trainer.accelerator.is_main_process:
-            save_lora(self.trainer.pipeline, self.trainer.policy.denoisers, output_dir)
-        weights.clear()  # the frozen base need not be written again
+            self.trainer.tuned.save(self.trainer.pipeline, output_dir)
+        weights.clear()  # what is frozen need not be written again
 
     # ---------------------------------------------------------------- resume
 
@@ -130,8 +129,8 @@ class Checkpoints:
                 "resumed from %s: %d epochs, %d optimizer steps done", checkpoint, state["epoch"], state["global_step"]
             )
 
-    def _load_adapter(self, models: list, input_dir: str) -> None:
-        load_lora(self.trainer.policy.denoisers, input_dir)
+    def _load_networks(self, models: list, input_dir: str) -> None:
+        self.trainer.tuned.load(self.trainer.pipeline, input_dir)
         models.clear()
 
     def _set_later_ones_aside(self) -> None:

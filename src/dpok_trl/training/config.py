@@ -119,6 +119,12 @@ class DPOKConfig:
         default=0.0,
         metadata={"help": "Steps whose standard deviation is at most this are sampled but not trained on."},
     )
+    sample_fp32_latents: bool = field(
+        default=False,
+        metadata={
+            "help": "On a pipeline in half precision, keep the latents in fp32 between the steps, so that rounding is no part of the actions."
+        },
+    )
     sample_call_kwargs: dict | str | None = field(
         default_factory=dict,
         metadata={
@@ -224,8 +230,19 @@ class DPOKConfig:
     train_gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Less memory for about a third more time in the backward pass."}
     )
-    train_lora_rank: int = field(
-        default=4, metadata={"help": "Rank of the LoRA adapter, when no `peft_config` is given."}
+    train_use_lora: bool = field(
+        default=True,
+        metadata={
+            "help": "Train a LoRA adapter. False: all weights of the denoiser in fp32, with a frozen copy of it for the KL term."
+        },
+    )
+    train_text_encoder: bool = field(
+        default=False,
+        metadata={"help": "Train adapters on the text encoders too, those that the family's LoRA file can hold."},
+    )
+    train_lora_rank: int | None = field(
+        default=None,
+        metadata={"help": "Rank of a new LoRA adapter, when no `peft_config` is given. None: 4, as in DDPO and DPOK."},
     )
     train_lora_alpha: int | None = field(default=None, metadata={"help": "Alpha of the LoRA adapter; None: the rank."})
 
@@ -287,7 +304,6 @@ class DPOKConfig:
             "train_batch_size",
             "train_gradient_accumulation_steps",
             "train_num_inner_epochs",
-            "train_lora_rank",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least 1.")
@@ -319,10 +335,9 @@ class DPOKConfig:
             )
         if not 0 < self.train_timestep_fraction <= 1:
             raise ValueError(f"train_timestep_fraction = {self.train_timestep_fraction}, but it must be in (0, 1].")
-        if self.train_lora_alpha is not None and self.train_lora_alpha < 1:
-            raise ValueError(
-                f"train_lora_alpha = {self.train_lora_alpha}, but it must be at least 1, or None for the rank."
-            )
+        for name, default in (("train_lora_rank", "4"), ("train_lora_alpha", "the rank")):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least 1, or None for {default}.")
         if int(self.sample_num_steps * self.train_timestep_fraction) < 1:
             raise ValueError(
                 f"train_timestep_fraction = {self.train_timestep_fraction} of sample_num_steps = {self.sample_num_steps} selects no step. "

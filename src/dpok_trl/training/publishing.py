@@ -8,8 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from dpok_trl.policy.lora import save_lora
-from dpok_trl.policy.policy import Policy
+from dpok_trl.policy.tuning import Tuned
 from dpok_trl.results.hub import push_folder, write_model_card
 from dpok_trl.rewards.base import RewardFunction, reward_name
 from dpok_trl.training.config import DPOKConfig
@@ -23,14 +22,15 @@ class PublishingMixin:
     accelerator: Accelerator
     output_dir: Path
     pipeline: DiffusionPipeline
-    policy: Policy
+    tuned: Tuned
     reward_fn: RewardFunction
     first_epoch: int
     global_step: int
     last_metrics: dict[str, float]
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
-        """Writes the adapter (`pytorch_lora_weights.safetensors` with its metadata, for `pipe.load_lora_weights`), a model card and the config.
+        """Writes the adapter (`pytorch_lora_weights.safetensors` with its metadata, for `pipe.load_lora_weights`), a model card and the config. After full
+        fine-tuning, the whole pipeline instead of an adapter.
 
         Args:
             output_dir (`str` or `Path`, *optional*): Default: `output_dir` of the run.
@@ -94,7 +94,10 @@ class PublishingMixin:
 
     def _write_model(self, folder: Path, *card: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_lora(self.pipeline, self.policy.denoisers, folder)
+        if self.tuned.frozen:
+            self.pipeline.save_pretrained(folder)
+        else:
+            self.tuned.save(self.pipeline, folder)
         self._write_model_card(folder, *card)
 
     def _write_model_card(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
+from peft import LoraConfig
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
@@ -24,15 +25,10 @@ from dpok_trl.core.objectives import OBJECTIVES, noise_kl, probability_ratio, ra
 from dpok_trl.core.trajectory import Transitions
 from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline
 from dpok_trl.policy.loading import load_pipeline
-from dpok_trl.policy.lora import (
-    adapter_name,
-    default_lora_config,
-    prepare_adapter,
-    refuse_adapter,
-    refuse_unsaveable,
-)
-from dpok_trl.policy.policy import Policy, find_denoisers
-from dpok_trl.policy.reentry import ReplayedStep
+from dpok_trl.policy.hooks import PipelineHooks
+from dpok_trl.policy.policy import Policy
+from dpok_trl.policy.replayer import ReplayedStep
+from dpok_trl.policy.tuning import tune
 from dpok_trl.prompts import prompt_source
 from dpok_trl.results.runlog import RunLog, log_images_to
 from dpok_trl.rewards.base import RewardError, reward_name, score
@@ -57,8 +53,9 @@ class DPOKTrainer(PublishingMixin):
         image_samples_hook (`Callable`, *optional*): `(prompt_image_data, global_step, tracker) -> None`, called on the main process after each
             round of sampling. `prompt_image_data` holds, for each sampling batch, `[images, prompts, metadata, rewards, reward_metadata]`;
             without a configured tracker, `tracker` writes `log_images` to the output folder.
-        peft_config (`peft.LoraConfig`, *optional*): The adapter to add. Without it an adapter that the pipeline already has is trained on, or else
-            one on the attention projections is added (`train_lora_rank`).
+        peft_config (`peft.LoraConfig`, or a mapping from component names to them, *optional*): The adapter to add. Without it an adapter that the
+            pipeline already has is trained on, or else one on the attention projections is added (`train_lora_rank`).
+        pipeline_hooks ([`PipelineHooks`], *optional*): For a pipeline of your own that departs from what all others do.
 
     Raises:
         `ValueError`: For settings and pipelines that cannot work; the message says what to change.
@@ -74,7 +71,8 @@ class DPOKTrainer(PublishingMixin):
         sd_pipeline: DiffusionPipeline | DefaultDPOKStableDiffusionPipeline | str | Path,
         image_samples_hook: Callable[[Any, int, Any], Any] | None = None,
         *,
-        peft_config: Any = None,
+        peft_config: LoraConfig | Mapping[str, LoraConfig] | None = None,
+        pipeline_hooks: PipelineHooks | None = None,
     ):
         if not callable(reward_function):
             raise ValueError(
@@ -99,28 +97,30 @@ class DPOKTrainer(PublishingMixin):
         self.pipeline = load_pipeline(sd_pipeline if wrapper is None else wrapper.sd_pipeline)
         self.sd_pipeline = self.pipeline if wrapper is None else wrapper  # DDPO's name
         self.pipeline.to(self.accelerator.device)
-        denoisers = find_denoisers(self.pipeline)
-        refuse_unsaveable(self.pipeline, list(denoisers))
-        for name, component in self.pipeline.components.items():
-            if isinstance(component, torch.nn.Module) and name not in denoisers:
-                refuse_adapter(component, name)
-                component.requires_grad_(False)
-        for denoiser in denoisers.values():
-            if peft_config is None and adapter_name(denoiser) is None:
-                new = default_lora_config(config.train_lora_rank, config.train_lora_alpha)
-            else:
-                new = peft_config
-            prepare_adapter(denoiser, new)
-            if config.train_gradient_checkpointing:
+        hooks = PipelineHooks() if pipeline_hooks is None else pipeline_hooks
+        self.tuned = tune(
+            self.pipeline,
+            hooks.denoisers(self.pipeline),
+            peft_config=peft_config,
+            rank=config.train_lora_rank,
+            alpha=config.train_lora_alpha,
+            text_encoders=config.train_text_encoder,
+            full=not config.train_use_lora,
+        )
+        if config.train_gradient_checkpointing:
+            for denoiser in self.tuned.denoisers.values():
                 denoiser.enable_gradient_checkpointing()
         self.policy = Policy(
             self.pipeline,
+            self.tuned,
             call_kwargs=self._call_kwargs(),
             kind=config.sample_transition,
             eta=config.sample_eta,
             noise_level=config.sample_noise_level,
             min_std=config.sample_min_std,
             log_prob_reduction=config.train_log_prob_reduction,
+            fp32_latents=config.sample_fp32_latents,
+            hooks=hooks,
         )
         set_seed(config.seed, device_specific=True)
 

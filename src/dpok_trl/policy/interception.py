@@ -1,0 +1,176 @@
+"""The pipeline's own `__call__`, entered again: what is swapped for the time of one call, and who answers.
+
+Two things are intercepted, the scheduler's `step` and the call of the denoiser (and, to save work, `encode_prompt`). A `Recorder`
+answers them in a rollout, a `Replayer` in a replay. Everything else, guidance, rescaling, sign, chunking, is the pipeline's own code,
+which is why no model family needs code of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+
+from dpok_trl.policy.errors import ReplayError
+from dpok_trl.policy.hooks import PipelineHooks
+from dpok_trl.policy.memo import PromptMemo
+from dpok_trl.policy.nested import map_tensors
+from dpok_trl.policy.schedulers import policy_scheduler
+
+
+class LastStepReached(Exception):
+    """Leaves the pipeline's `__call__` after the last selected step: nothing behind it is needed, decoding least of all."""
+
+
+@dataclass
+class StepOutput(BaseOutput):
+    """What our `step` returns; indexable, as the schedulers' own outputs are."""
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+
+
+class Answers(Protocol):
+    """Who answers the intercepted calls. `global_seed` is for what a pipeline draws beside the generators it is given."""
+
+    global_seed: int
+
+    def prepare_scheduler(self, scheduler: Any) -> None: ...
+
+    def step(
+        self, scheduler: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+
+    def denoise(self, name: str, args: tuple, kwargs: dict) -> Any: ...
+
+    def encode_prompt(self, args: tuple, kwargs: dict) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a pipeline that a call of it meets.
+
+    Args:
+        denoisers (`Mapping[str, torch.nn.Module]`): Those that answer, by attribute of the pipeline.
+        dtypes (`Mapping[str, torch.dtype]`): What the pipeline takes their dtype for: the one it was loaded in.
+        absent (`frozenset[str]`): Components that are off the device; a replay needs none of them.
+        memo ([`PromptMemo`], *optional*): Stands in for `encode_prompt`. `None`: text encoders train, or there is no such method.
+        encode_prompt (`Callable`, *optional*): The pipeline's own, where gradients are to reach the text encoders.
+        hooks ([`PipelineHooks`]): How the pipeline is entered.
+    """
+
+    denoisers: Mapping[str, torch.nn.Module]
+    dtypes: Mapping[str, torch.dtype]
+    absent: frozenset[str]
+    memo: PromptMemo | None
+    encode_prompt: Callable[..., Any] | None
+    hooks: PipelineHooks
+
+    def run(self, name: str, args: tuple, kwargs: dict) -> Any:
+        """Calls a denoiser. One that is kept in a wider dtype than the pipeline's (the fp32 master weights of full fine-tuning) takes and
+        gives what the pipeline expects."""
+        module, seen = self.denoisers[name], self.dtypes[name]
+        if module.dtype == seen:
+            return module(*args, **kwargs)
+        wide = map_tensors((args, kwargs), lambda x: x.to(module.dtype) if x.dtype == seen else x)
+        return map_tensors(module(*wide[0], **wide[1]), lambda x: x.to(seen) if x.dtype == module.dtype else x)
+
+
+class Proxy:
+    """Stands before a component: a call goes to `answer`, everything else (config, cache_context ...) to the component.
+
+    A plain object, not a module and not a patched `forward`, so that compilation, hooks and sharding of the component are left alone.
+    """
+
+    def __init__(self, component: torch.nn.Module, answer: Callable[..., Any], dtype: torch.dtype):
+        self._component = component
+        self._answer = answer
+        self.dtype = dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._answer(args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._component, name)
+
+
+@contextmanager
+def intercepted(pipe: DiffusionPipeline, answers: Answers, networks: Networks) -> Iterator[None]:
+    """Swaps scheduler, denoisers and `encode_prompt` of `pipe` for one call, and takes the swap out again whatever happens.
+
+    The scheduler is a shallow copy of the user's own with `step` replaced on the instance: pipelines compare its exact type, and its
+    timesteps are set anew in every call. Everything goes through `pipe.__dict__`, since attribute assignment on a pipeline rewrites
+    the config that `save_pretrained` writes.
+    """
+    scheduler = policy_scheduler(pipe.scheduler)
+
+    def step(model_output, timestep, sample, *args, generator=None, return_dict=True, **kwargs):
+        next_sample, x0 = answers.step(scheduler, model_output, timestep, sample)
+        return StepOutput(next_sample, x0) if return_dict else (next_sample, x0)
+
+    scheduler.step = step
+    answers.prepare_scheduler(scheduler)
+    swapped: dict[str, Any] = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
+    if getattr(pipe, "safety_checker", None) is not None:
+        # it turns images black, and a black image would be rewarded as the policy's own
+        swapped["safety_checker"] = None
+    for name, module in networks.denoisers.items():
+        swapped[name] = Proxy(module, _denoise_as(answers, name), networks.dtypes[name])
+    for name in networks.absent:
+        swapped[name] = Proxy(getattr(pipe, name), _absent(name), getattr(pipe, name).dtype)
+    if networks.memo is not None or networks.encode_prompt is not None:
+        swapped["encode_prompt"] = lambda *args, **kwargs: answers.encode_prompt(args, kwargs)
+
+    kept = {name: pipe.__dict__[name] for name in swapped if name in pipe.__dict__}
+    pipe.__dict__.update(swapped)
+    try:
+        yield
+    finally:
+        for name in swapped:
+            if name in kept:
+                pipe.__dict__[name] = kept[name]
+            else:
+                del pipe.__dict__[name]
+
+
+def _denoise_as(answers: Answers, name: str) -> Callable[[tuple, dict], Any]:
+    return lambda args, kwargs: answers.denoise(name, args, kwargs)
+
+
+def _absent(name: str) -> Callable[[tuple, dict], Any]:
+    def refuse(args: tuple, kwargs: dict) -> Any:
+        raise ReplayError(
+            f"the pipeline calls `{name}` in a replay, and it is off the device between sampling phases. Set sample_offload_encoders = False."
+        )
+
+    return refuse
+
+
+@contextmanager
+def _global_random(seed: int, device: torch.device) -> Iterator[None]:
+    """Some pipelines draw from torch's global generators beside the ones they are given: rollout and replay draw the same there, and the
+    caller's stream is not touched."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+def call_pipeline(pipe: DiffusionPipeline, answers: Answers, networks: Networks, arguments: dict[str, Any]) -> Any:
+    """Calls `pipe` with `answers` in place; `None` if the call was left after the last selected step."""
+    grad_mode = torch.is_grad_enabled()
+    # Pipelines may write into their list arguments (Z-Image does), so each call gets its own.
+    arguments = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    try:
+        with intercepted(pipe, answers, networks), torch.no_grad(), _global_random(answers.global_seed, pipe._execution_device):
+            return networks.hooks.call(pipe, arguments)
+    except LastStepReached:
+        return None
+    finally:
+        torch.set_grad_enabled(grad_mode)

@@ -1,0 +1,148 @@
+"""What of a pipeline is trained: adapters on its denoisers and text encoders, or the denoisers' own weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from torch import nn
+
+from dpok_trl.policy.lora import (
+    adapter_name,
+    adapters_disabled,
+    default_lora_config,
+    prepare_adapter,
+    refuse_adapter,
+)
+from dpok_trl.policy.lora_files import load_lora, save_lora, text_encoders_with_lora
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The trained networks of a pipeline, by component name.
+
+    Args:
+        denoisers (`dict[str, torch.nn.Module]`): All of the pipeline's.
+        text_encoders (`dict[str, torch.nn.Module]`): Those that are trained, with adapters.
+        frozen (`dict[str, torch.nn.Module]`): Copies of the pretrained denoisers, where their own weights are trained; else empty.
+    """
+
+    denoisers: dict[str, nn.Module]
+    text_encoders: dict[str, nn.Module] = field(default_factory=dict)
+    frozen: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return {**self.denoisers, **self.text_encoders}
+
+    @contextmanager
+    def pretrained_answers(self) -> Iterator[None]:
+        """Switches the adapters off. Frozen copies are left to the caller, who calls them in place of the denoisers.
+
+        Raises:
+            `ValueError`: If there is neither an adapter nor a copy.
+        """
+        if self.frozen:
+            yield
+            return
+        for name, module in self.modules.items():
+            if adapter_name(module) is None:
+                raise ValueError(
+                    f"`{name}` has no active LoRA adapter, so nothing can be trained and there is no reference to "
+                    f"compare with. Add one first: `pipe.{name}.add_adapter(LoraConfig(...))`."
+                )
+        with adapters_disabled(list(self.modules.values())):
+            yield
+
+    def save(self, pipe: DiffusionPipeline, folder: str | Path) -> None:
+        """Writes what is trained and nothing else: the adapters ([`save_lora`]), or each denoiser as `folder/<name>`."""
+        if not self.frozen:
+            save_lora(pipe, self.modules, folder)
+            return
+        for name, module in self.denoisers.items():
+            module.save_pretrained(Path(folder) / name)
+
+    def load(self, pipe: DiffusionPipeline, folder: str | Path) -> None:
+        """Reads what [`~Tuned.save`] wrote, in place."""
+        if not self.frozen:
+            load_lora(pipe, self.modules, folder)
+            return
+        for name, module in self.denoisers.items():
+            module.load_state_dict(type(module).from_pretrained(Path(folder) / name).state_dict())
+
+
+def tune(
+    pipe: DiffusionPipeline,
+    denoisers: dict[str, nn.Module],
+    *,
+    peft_config: LoraConfig | Mapping[str, LoraConfig] | None = None,
+    rank: int | None = None,
+    alpha: int | None = None,
+    text_encoders: bool = False,
+    full: bool = False,
+) -> Tuned:
+    """Makes networks of `pipe` trainable, in fp32 on whatever base, and freezes all else.
+
+    Args:
+        denoisers (`dict[str, torch.nn.Module]`): Of the pipeline.
+        peft_config (`LoraConfig` or a mapping from component names to them, *optional*): Of new adapters. Without it, an adapter that is there
+            already is trained on, or else one on the attention projections is added.
+        rank, alpha (`int`, *optional*): Of that one.
+        text_encoders (`bool`): Adapters on the text encoders too, those whose adapters the family's LoRA file can hold.
+        full (`bool`): Train the denoisers' own weights, with fp32 master weights. A frozen copy of each, in the dtype it had, stays for the KL term.
+
+    Raises:
+        `ValueError`: For adapters and settings that do not fit; the message says what to change.
+    """
+    encoders = text_encoders_with_lora(pipe) if text_encoders else {}
+    if text_encoders and not encoders:
+        raise ValueError(
+            f"the LoRA file of {type(pipe).__name__} has no place for an adapter of a text encoder. Set train_text_encoder = False."
+        )
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module) and name not in denoisers and name not in encoders:
+            refuse_adapter(component, name)
+            component.requires_grad_(False)
+    if full:
+        return Tuned(denoisers, {}, {name: _train_all(name, module) for name, module in denoisers.items()})
+    networks = {**denoisers, **encoders}
+    configs = dict(peft_config) if isinstance(peft_config, Mapping) else dict.fromkeys(denoisers, peft_config)
+    unknown = sorted(set(configs) - set(networks))
+    if unknown:
+        raise ValueError(
+            f"peft_config has entries for {', '.join(unknown)}, but what is trained is {', '.join(networks)}."
+        )
+    for name, module in networks.items():
+        config = configs.get(name)
+        loaded = adapter_name(module)
+        if config is None and loaded is None:
+            config = default_lora_config(module, 4 if rank is None else rank, alpha)
+        elif config is None and rank is not None and module.peft_config[loaded].r != rank:
+            raise ValueError(
+                f"`{name}` has the adapter '{loaded}' of rank {module.peft_config[loaded].r} already, and train_lora_rank = {rank}. Leave train_lora_rank out "
+                "to go on training the loaded adapter, or call `pipe.unload_lora_weights()` first to start afresh."
+            )
+        prepare_adapter(module, config)
+    return Tuned(denoisers, encoders)
+
+
+def _train_all(name: str, module: nn.Module) -> nn.Module:
+    """Makes all weights of a denoiser trainable, in fp32, and returns a frozen copy of it as it was."""
+    if adapter_name(module) is not None:
+        raise ValueError(
+            f"`{name}` has the active adapter '{adapter_name(module)}', and its own weights are to be trained. Fuse it first: "
+            f"`pipe.fuse_lora(components=['{name}'])`, then `pipe.unload_lora_weights()`."
+        )
+    if getattr(module, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"`{name}` is quantised: its own weights cannot be trained. Train an adapter on it (train_use_lora = True), or load it without quantisation."
+        )
+    frozen = copy.deepcopy(module).requires_grad_(False).eval()
+    module.to(torch.float32).requires_grad_(True)
+    return frozen
