@@ -142,6 +142,29 @@ def test_a_step_to_the_same_level_stays():
     assert_close(step.mean, sample)
 
 
+@GRIDS
+def test_ode_is_ddim_without_noise(grid):
+    x0, eps, sample = x0_eps_sample(grid)
+    step = Transition("ode")(sample, x0, eps, grid)
+    assert torch.equal(step.std, torch.zeros(2)) and Transition("ode").std(grid) == 0
+    assert_close(step.mean, grid.next_alpha * x0 + grid.next_sigma * eps)
+    # Noise of this size moves a mean by its square.
+    for kind in ("ancestral", "cps"):
+        assert_close(Transition(kind, eta=VANISHING_NOISE)(sample, x0, eps, grid).mean, step.mean.double())
+
+
+def test_ode_on_a_flow_is_eulers_step():
+    x0, eps, sample = x0_eps_sample(FLOW)
+    step = Transition("ode")(sample, x0, eps, FLOW)
+    assert_close(step.mean, sample + (FLOW.next_sigma - FLOW.sigma) * (eps - x0))
+
+
+def test_ode_takes_no_notice_of_the_amounts_of_noise():
+    x0, eps, sample = x0_eps_sample(FLOW)
+    one, other = (Transition("ode", eta=eta, noise_level=a)(sample, x0, eps, FLOW) for eta, a in ((1, 0.7), (0, -1)))
+    assert torch.equal(one.mean, other.mean) and torch.equal(one.std, other.std)
+
+
 def test_levels_per_sample_equal_one_by_one():
     grids = [FLOW, flow(0.5, 0.25), flow(1.0, 0.9)]
     batch = NoiseLevels(
@@ -149,7 +172,7 @@ def test_levels_per_sample_equal_one_by_one():
     )
     generator = torch.Generator().manual_seed(0)
     output, sample = (torch.randn(3, 2, 5, generator=generator) for _ in range(2))
-    for kind in ("ancestral", "cps", "flow_sde"):
+    for kind in ("ancestral", "cps", "flow_sde", "ode"):
         transition = Transition(kind, eta=0.6)
         together = transition(sample, *predict_x0_eps(output, sample, batch, "flow_prediction"), batch)
         for row, grid in enumerate(grids):

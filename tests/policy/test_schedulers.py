@@ -2,8 +2,8 @@
 
 import copy
 import itertools
+import math
 import sys
-from types import SimpleNamespace
 from unittest import mock
 
 import diffusers
@@ -13,7 +13,6 @@ from diffusers.utils import is_scipy_available
 
 from dpok_trl.core.transitions import Transition
 from dpok_trl.policy.schedulers import (
-    UnsupportedSchedulerError,
     make_transition,
     next_distribution,
     read_grid,
@@ -28,6 +27,10 @@ FLOAT32_TOLERANCE = 1e-6
 DDIM_CANCELLATION_TOLERANCE = 2e-5
 # diffusers' DEIS converts a flow to noise predictions, through a division by alpha = 3e-4 in the first step.
 DEIS_FLOW_TOLERANCE = 5e-5
+# diffusers keeps SCM's angles in float32, where cos(1.5708) is off by 4e-6 (and below zero).
+TRIGFLOW_TOLERANCE = 1e-5
+# diffusers adds 1e-12 to a denominator and subtracts two squares under the root of the noise.
+LTX_TOLERANCE = 5e-6
 # Ours against the textbook's formula in float64, from the same float32 table of alphas_cumprod.
 REFERENCE_TOLERANCE = 6e-7
 # For deterministic limits: noise of this size moves a mean by its square, out of the sight of float32.
@@ -48,10 +51,9 @@ def native_step(scheduler, index, model_output, sample, noise, **kwargs):
     """Step `index` of diffusers' own, with all of its noise equal to `noise`."""
     scheduler = copy.deepcopy(scheduler)
     timestep = scheduler.timesteps[index]
-    if not isinstance(scheduler, (diffusers.DDIMScheduler, diffusers.DDPMScheduler)):
+    if not isinstance(scheduler, (diffusers.DDIMScheduler, diffusers.DDPMScheduler, diffusers.CogVideoXDDIMScheduler)):
         scheduler.set_begin_index(index)
-    if isinstance(scheduler, (diffusers.EulerDiscreteScheduler, diffusers.EulerAncestralDiscreteScheduler)):
-        scheduler.scale_model_input(sample, timestep)
+    scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "is_scale_input_called") else None
 
     def constant(shape, generator=None, device=None, dtype=None):
         return torch.full(tuple(shape), noise, dtype=dtype)
@@ -66,17 +68,22 @@ def relative_error(actual, expected):
     return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-3)).item()
 
 
-def assert_same_as_native(scheduler, transition, indices=None, tolerance=FLOAT32_TOLERANCE, has_std=True, **kwargs):
+def assert_same_as_native(
+    scheduler, transition, indices=None, tolerance=FLOAT32_TOLERANCE, has_std=True, native=None, **kwargs
+):
+    """`native` is the oracle where it has other options than the scheduler that is read, order 1 instead of 2, say."""
     grid = read_grid(scheduler)
+    native = native or scheduler
+    assert grid.timesteps.tolist() == native.timesteps.double().tolist()[: len(grid)]
     model_output, sample = random_inputs()
     zeros = torch.zeros(SHAPE)
     for index in range(len(grid)) if indices is None else indices:
         ours = next_distribution(grid, transition, model_output, sample, index)
-        mean = native_step(scheduler, index, model_output, sample, 0.0, **kwargs)
+        mean = native_step(native, index, model_output, sample, 0.0, **kwargs)
         assert relative_error(ours.mean, mean) <= tolerance, f"mean of step {index}"
         if has_std:
             # From zeros the mean is zero: the std need not be the small difference of two large numbers.
-            std = native_step(scheduler, index, zeros, zeros, 1.0, **kwargs).flatten()[:2]
+            std = native_step(native, index, zeros, zeros, 1.0, **kwargs).flatten()[:2]
             assert relative_error(ours.std, std) <= tolerance, f"std of step {index}"
 
 
@@ -207,15 +214,34 @@ def test_euler_ancestral_equals_diffusers(prediction_type, spacing):
     assert_same_as_native(scheduler, make_transition(read_grid(scheduler)))
 
 
-@pytest.mark.parametrize("options", [{}, {"use_karras_sigmas": True}, {"final_sigmas_type": "sigma_min"}], ids=str)
+SIGMAS = [{}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}]
+
+
+@pytest.mark.parametrize("options", [*SIGMAS, {"final_sigmas_type": "sigma_min"}], ids=str)
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_euler_is_the_limit_of_vanishing_noise(prediction_type, spacing, options):
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "original_sample"])
+def test_ode_is_euler(prediction_type, spacing, options):
     scheduler = diffusers.EulerDiscreteScheduler(
         **SD15, prediction_type=prediction_type, timestep_spacing=spacing, **options
     )
     scheduler.set_timesteps(STEPS)
-    assert_same_as_native(scheduler, Transition("ancestral", eta=VANISHING_NOISE), has_std=False)
+    assert_same_as_native(scheduler, Transition("ode"))
+
+
+@pytest.mark.parametrize(("prediction_type", "spacing", "clip_sample", "set_alpha_to_one"), DDIM_CASES)
+def test_ode_is_ddim_at_eta_zero(prediction_type, spacing, clip_sample, set_alpha_to_one):
+    scheduler = ddim(prediction_type, spacing, clip_sample, set_alpha_to_one)
+    steps = [STEPS - 1] if spacing == "linspace" else range(STEPS)  # see test_ddim_equals_diffusers_where_...
+    assert_same_as_native(scheduler, Transition("ode"), steps, eta=0.0)
+
+
+@pytest.mark.skipif(not is_scipy_available(), reason="diffusers builds LMS with scipy only")
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_ode_is_lms_of_order_one(prediction_type, spacing):
+    scheduler = diffusers.LMSDiscreteScheduler(**SD15, prediction_type=prediction_type, timestep_spacing=spacing)
+    scheduler.set_timesteps(STEPS)
+    assert_same_as_native(scheduler, Transition("ode"), order=1)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_karras_sigmas": True}, {"final_sigmas_type": "sigma_min"}], ids=str)
@@ -234,45 +260,99 @@ def test_first_order_sde_dpm_solver_on_a_flow_equals_diffusers():
     assert_same_as_native(scheduler, Transition("ancestral"))
 
 
-@pytest.mark.parametrize("options", [SD15 | {"prediction_type": "epsilon"}, FLOW], ids=["vp", "flow"])
-@pytest.mark.parametrize(
-    "scheduler_class",
-    [
-        diffusers.DPMSolverMultistepScheduler,
-        diffusers.DPMSolverSinglestepScheduler,
-        diffusers.DEISMultistepScheduler,
-        diffusers.UniPCMultistepScheduler,
-    ],
-)
-def test_first_order_solvers_are_the_limit_of_vanishing_noise(scheduler_class, options):
+SOLVERS = [
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.DPMSolverSinglestepScheduler,
+    diffusers.DEISMultistepScheduler,
+    diffusers.UniPCMultistepScheduler,
+]
+# With flow_shift 3 as Sana has it and 1; on karras sigmas (Cosmos 2.5) UniPC alone makes flow levels.
+SOLVER_OPTIONS = {
+    "vp": SD15 | {"prediction_type": "epsilon"},
+    "vp-v": SD15 | {"prediction_type": "v_prediction"},
+    "vp-x0": SD15 | {"prediction_type": "sample"},
+    "vp-karras": SD15 | {"use_karras_sigmas": True},
+    "vp-exponential": SD15 | {"use_exponential_sigmas": True},
+    "flow": FLOW,
+    "flow-unshifted": FLOW | {"flow_shift": 1.0},
+}
+
+
+def solvers(scheduler_class, options):
+    """A scheduler of order 2, and the oracle: its twin of order 1."""
+    pair = [scheduler_class(**options, solver_order=order) for order in (2, 1)]
     if scheduler_class is diffusers.UniPCMultistepScheduler:
         # Its corrector looks back at the step before; its predictor is the first-order solver.
-        options = options | {"disable_corrector": list(range(STEPS))}
-    scheduler = scheduler_class(**options, solver_order=1)
-    scheduler.set_timesteps(STEPS)
+        pair[1].disable_corrector = list(range(STEPS))
+    for scheduler in pair:
+        scheduler.set_timesteps(STEPS)
+    return pair
+
+
+@pytest.mark.parametrize("options", SOLVER_OPTIONS.values(), ids=SOLVER_OPTIONS)
+@pytest.mark.parametrize("scheduler_class", SOLVERS)
+def test_solvers_of_order_two_are_forced_to_order_one(scheduler_class, options):
+    scheduler, first_order = solvers(scheduler_class, options)
     is_deis_flow = scheduler_class is diffusers.DEISMultistepScheduler and scheduler.config.use_flow_sigmas
     tolerance = DEIS_FLOW_TOLERANCE if is_deis_flow else FLOAT32_TOLERANCE
-    transition = Transition("ancestral", eta=VANISHING_NOISE)
-    assert_same_as_native(scheduler, transition, tolerance=tolerance, has_std=False)
+    assert_same_as_native(scheduler, Transition("ode"), tolerance=tolerance, native=first_order)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("scheduler_class", SOLVERS)
+def test_solvers_keep_their_spacing(scheduler_class, spacing):
+    options = SD15 | {"timestep_spacing": spacing, "steps_offset": 1}
+    if scheduler_class is diffusers.DPMSolverSinglestepScheduler:
+        options = SD15  # it knows but one spacing
+    scheduler, first_order = solvers(scheduler_class, options)
+    assert_same_as_native(scheduler, Transition("ode"), native=first_order)
+
+
+def test_flow_levels_from_karras_sigmas():
+    scheduler, first_order = solvers(diffusers.UniPCMultistepScheduler, FLOW | {"use_karras_sigmas": True})
+    assert read_grid(scheduler).is_flow
+    assert_same_as_native(scheduler, Transition("ode"), native=first_order)
+
+
+def test_dynamic_shifting_of_unipc():
+    options = FLOW | {"use_dynamic_shifting": True, "shift_terminal": 0.1}
+    scheduler, first_order = (
+        diffusers.UniPCMultistepScheduler(**options, solver_order=order, disable_corrector=list(range(STEPS)))
+        for order in (2, 1)
+    )
+    for one in (scheduler, first_order):
+        one.set_timesteps(STEPS, mu=0.8)
+    assert_same_as_native(scheduler, Transition("ode"), native=first_order)
 
 
 FLOW_MATCH_CASES = [
     ({}, {}),
     ({"shift": 3.0}, {}),
     ({"use_dynamic_shifting": True}, {"mu": 0.8}),
+    ({"use_dynamic_shifting": True, "time_shift_type": "linear"}, {"mu": 0.8}),
+    ({"use_dynamic_shifting": True, "shift_terminal": 0.02}, {"mu": 0.8}),
     ({"use_karras_sigmas": True}, {}),
+    ({"use_exponential_sigmas": True}, {}),
+    pytest.param(
+        {"use_beta_sigmas": True},
+        {},
+        marks=pytest.mark.skipif(not is_scipy_available(), reason="beta sigmas need scipy"),
+    ),
+    ({}, {"sigmas": [1.0, 0.7, 0.3, 0.1]}),
 ]
 
 
 def flow_match(options, arguments, **more):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**options, **more)
-    scheduler.set_timesteps(STEPS, **arguments)
+    scheduler.set_timesteps(None if "sigmas" in arguments else STEPS, **arguments)
     return scheduler
 
 
 @pytest.mark.parametrize(("options", "arguments"), FLOW_MATCH_CASES, ids=str)
 def test_cps_at_eta_one_equals_stochastic_sampling(options, arguments):
-    assert_same_as_native(flow_match(options, arguments, stochastic_sampling=True), Transition("cps", eta=1.0))
+    scheduler = flow_match(options, arguments, stochastic_sampling=True)
+    assert make_transition(read_grid(scheduler)) == Transition("cps", eta=1.0)
+    assert_same_as_native(scheduler, Transition("cps", eta=1.0))
 
 
 @pytest.mark.parametrize("kind", ["ancestral", "cps", "flow_sde"])
@@ -282,12 +362,126 @@ def test_flow_match_euler_is_the_limit_of_vanishing_noise(options, arguments, ki
     assert_same_as_native(flow_match(options, arguments), transition, has_std=False)
 
 
+@pytest.mark.parametrize(("options", "arguments"), FLOW_MATCH_CASES, ids=str)
+@pytest.mark.parametrize("invert_sigmas", [False, True])
+def test_ode_is_flow_match_euler(options, arguments, invert_sigmas):
+    # Inverted (Mochi), the levels count the signal, and the network predicts x0 - eps.
+    scheduler = flow_match(options, arguments, invert_sigmas=invert_sigmas)
+    assert make_transition(read_grid(scheduler)).kind == "flow_sde"
+    assert_same_as_native(scheduler, Transition("ode"))
+
+
+@pytest.mark.parametrize(("options", "arguments"), FLOW_MATCH_CASES, ids=str)
+def test_cps_is_flow_match_lcm(options, arguments):
+    scheduler = diffusers.FlowMatchLCMScheduler(**options)
+    scheduler.set_timesteps(None if "sigmas" in arguments else STEPS, **arguments)
+    assert_same_as_native(scheduler, make_transition(read_grid(scheduler)))
+
+
+@pytest.mark.parametrize("arguments", [{"num_inference_steps": STEPS}, {"sigmas": [1.0, 0.9, 0.5, 0.0]}], ids=str)
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_ltx_ancestral_is_ancestral_with_another_eta_at_each_step(eta, arguments):
+    scheduler = diffusers.LTXEulerAncestralRFScheduler(eta=eta)
+    scheduler.set_timesteps(**arguments)
+    grid = read_grid(scheduler)
+    for index in range(len(grid)):
+        if eta == 0 or index == len(grid) - 1:
+            transition = Transition("ode")
+        else:
+            zeros = torch.zeros(SHAPE)
+            std = native_step(scheduler, index, zeros, zeros, 1.0).double().max()
+            transition = Transition("ancestral", eta=(std / Transition("ancestral").std(grid.levels(index))).item())
+        assert_same_as_native(scheduler, transition, [index], tolerance=LTX_TOLERANCE)
+
+
+# ------------------------------------------------------------------------------- consistency models, EDM, CogVideoX
+
+
+@pytest.mark.parametrize("clip_sample", [False, True])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_cps_is_lcm(steps, prediction_type, clip_sample):
+    # A small timestep_scaling, so that the boundary scalings are far from 0 and 1.
+    for timestep_scaling in (10.0, 0.001):
+        scheduler = diffusers.LCMScheduler(
+            **SD15, prediction_type=prediction_type, clip_sample=clip_sample, timestep_scaling=timestep_scaling
+        )
+        scheduler.set_timesteps(steps)
+        assert_same_as_native(scheduler, make_transition(read_grid(scheduler)))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_tcd_is_cps_with_another_eta_at_each_step(prediction_type, gamma):
+    scheduler = diffusers.TCDScheduler(**SD15, prediction_type=prediction_type)
+    scheduler.set_timesteps(4)
+    grid = read_grid(scheduler)
+    assert make_transition(grid).kind == "cps"
+    for index in range(len(grid)):
+        transition = Transition("ode")
+        if gamma > 0 and index < len(grid) - 1:
+            zeros = torch.zeros(SHAPE)
+            std = native_step(scheduler, index, zeros, zeros, 1.0, eta=gamma).double().max()
+            transition = Transition("cps", eta=math.asin(std / grid.sigma[index + 1]) * 2 / math.pi)
+        assert_same_as_native(scheduler, transition, [index], eta=gamma)
+
+
+SCM_CASES = [(1, {"intermediate_timesteps": None}), (2, {}), (4, {"intermediate_timesteps": None})]
+
+
+@pytest.mark.parametrize(("steps", "arguments"), SCM_CASES)
+def test_cps_is_scm(steps, arguments):
+    scheduler = diffusers.SCMScheduler()
+    scheduler.set_timesteps(steps, **arguments)
+    grid = read_grid(scheduler)
+    assert len(grid) == steps
+    assert_same_as_native(scheduler, make_transition(grid), tolerance=TRIGFLOW_TOLERANCE)
+
+
+@pytest.mark.parametrize("schedule", ["karras", "exponential"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_ode_is_edm_euler(prediction_type, schedule):
+    scheduler = diffusers.EDMEulerScheduler(prediction_type=prediction_type, sigma_schedule=schedule)
+    scheduler.set_timesteps(STEPS)
+    assert_same_as_native(scheduler, Transition("ode"))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("algorithm", "transition"), [("dpmsolver++", Transition("ode")), ("sde-dpmsolver++", Transition("ancestral"))]
+)
+def test_edm_solvers_of_order_two_are_forced_to_order_one(algorithm, transition, prediction_type):
+    # Playground 2.5 has it.
+    scheduler, first_order = (
+        diffusers.EDMDPMSolverMultistepScheduler(
+            prediction_type=prediction_type, solver_order=order, algorithm_type=algorithm
+        )
+        for order in (2, 1)
+    )
+    for one in (scheduler, first_order):
+        one.set_timesteps(STEPS)
+    assert_same_as_native(scheduler, transition, native=first_order)
+
+
+@pytest.mark.parametrize("rescale_betas_zero_snr", [False, True])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_ode_is_cogvideox(spacing, rescale_betas_zero_snr):
+    # Its step does not clamp, whatever clip_sample says (True by default).
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", timestep_spacing=spacing, rescale_betas_zero_snr=rescale_betas_zero_snr
+    )
+    scheduler.set_timesteps(STEPS)
+    assert_same_as_native(scheduler, Transition("ode"))
+
+
 def test_auto_is_flow_sde_on_flow_grids_and_ancestral_on_others():
     assert make_transition(read_grid(flow_match({}, {}))).kind == "flow_sde"
     grid = read_grid(ddim("epsilon", "leading", False, False))
     assert make_transition(grid).kind == "ancestral"
     with pytest.raises(ValueError, match="flow-matching scheduler"):
         make_transition(grid, kind="flow_sde")
+    with pytest.raises(ValueError, match="kind must be 'auto' or one of"):
+        make_transition(grid, kind="ode")
 
 
 # ---------------------------------------------------------------------------------------------- the contract of TRL
@@ -374,55 +568,6 @@ def test_a_deterministic_step_is_drawn_without_a_log_prob():
         scheduler_step(scheduler, model_output, last, sample, prev_sample=drawn.latents)
 
 
-# ---------------------------------------------------------------------------------------------- refusals
-
-
-REFUSED = [
-    (diffusers.PNDMScheduler, {}, "not Markov"),
-    pytest.param(
-        diffusers.LMSDiscreteScheduler,
-        {},
-        "not Markov",
-        marks=pytest.mark.skipif(not is_scipy_available(), reason="diffusers builds this one with scipy only"),
-    ),
-    (diffusers.HeunDiscreteScheduler, {}, "not Markov"),
-    (diffusers.KDPM2DiscreteScheduler, {}, "not Markov"),
-    (diffusers.KDPM2AncestralDiscreteScheduler, {}, "not Markov"),
-    (diffusers.FlowMatchHeunDiscreteScheduler, {}, "not Markov"),
-    (diffusers.DPMSolverMultistepScheduler, {}, "solver_order=2"),
-    (diffusers.UniPCMultistepScheduler, FLOW, "solver_order=2"),
-    (diffusers.DDIMScheduler, {"thresholding": True}, "thresholding"),
-    (diffusers.DDPMScheduler, {"variance_type": "fixed_large"}, "fixed_large"),
-    (diffusers.DDPMScheduler, {"variance_type": "learned_range"}, "does not predict its variance"),
-    (diffusers.DPMSolverMultistepScheduler, {"solver_order": 1, "prediction_type": "flow_prediction"}, "flow_pred"),
-    (diffusers.LCMScheduler, {}, "can read"),
-    (diffusers.FlowMatchLCMScheduler, {}, "can read"),
-]
-
-
-@pytest.mark.parametrize(("scheduler_class", "options", "why"), REFUSED)
-def test_refusals_say_why_and_their_advice_works(scheduler_class, options, why):
-    scheduler = scheduler_class(**options)
-    scheduler.set_timesteps(STEPS)
-    with pytest.raises(UnsupportedSchedulerError, match=why) as refusal:
-        read_grid(scheduler)
-    advice = str(refusal.value).split("Set pipe.scheduler = ")[1]
-    pipe = SimpleNamespace(scheduler=scheduler)
-    replacement = eval(advice, {**{name: getattr(diffusers, name) for name in advice.split(".")[:1]}, "pipe": pipe})
-    replacement.set_timesteps(STEPS)
-    assert len(read_grid(replacement)) == STEPS
-
-
-def test_a_scheduler_without_a_grid_is_refused():
-    for scheduler in (
-        diffusers.DDIMScheduler(),
-        diffusers.DDPMScheduler(),
-        diffusers.FlowMatchEulerDiscreteScheduler(),
-    ):
-        with pytest.raises(ValueError, match="set_timesteps"):
-            read_grid(scheduler)
-
-
 def test_scheduler_step_refuses_in_words():
     scheduler = ddim("epsilon", "leading", False, False)
     model_output, sample = random_inputs()
@@ -439,10 +584,3 @@ def test_scheduler_step_refuses_in_words():
         scheduler_step(scheduler, model_output, scheduler.timesteps[:3], sample)
     with pytest.raises(ValueError, match="exactly the shape"):
         scheduler_step(scheduler, model_output, timestep, sample, prev_sample=sample[:1])
-
-
-def test_step_indices_outside_the_grid_are_refused():
-    grid = read_grid(ddim("epsilon", "leading", False, False))
-    for index in (-1, STEPS, torch.tensor([0, STEPS])):
-        with pytest.raises(IndexError, match="step_index must be in"):
-            grid.levels(index)
