@@ -16,8 +16,9 @@ SPECIAL.update({"HiDream*": {"max_sequence_length": TOKENS}})
 
 @component("HiDreamImageTransformer2DModel")
 def hidream_transformer() -> HiDreamImageTransformer2DModel:
+    """Large patches: the pipeline always draws 128 x 128 latents."""
     return HiDreamImageTransformer2DModel(
-        patch_size=2,
+        patch_size=16,
         in_channels=4,
         num_layers=1,
         num_single_layers=1,
@@ -28,14 +29,20 @@ def hidream_transformer() -> HiDreamImageTransformer2DModel:
         num_routed_experts=2,
         num_activated_experts=1,
         axes_dims_rope=(8, 4, 4),
-        max_resolution=(8, 8),
+        max_resolution=(128, 128),
         llama_layers=[0, 1],
     )
 
 
 @argument("vae", "HiDream*")
 def hidream_vae() -> AutoencoderKL:
-    return autoencoder_kl(scaling_factor=0.3611, shift_factor=0.1159)
+    return autoencoder_kl(
+        block_out_channels=(8,),
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    )
 
 
 @argument("tokenizer_4", "HiDream*")

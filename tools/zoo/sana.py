@@ -27,8 +27,8 @@ SPECIAL.update(
             "max_sequence_length": 16,
         },
         "SanaControlNet*": {"control_image": picture(size=SIZE)},
-        "SanaSprint*": {"num_inference_steps": 4, "intermediate_timesteps": None},
-        "SanaSprintImg2Img*": {"image": picture(size=SIZE), "strength": 0.8},
+        "SanaSprint*": {"num_inference_steps": 2},
+        "SanaSprintImg2Img*": {"image": picture(size=SIZE), "strength": 1.0},
     }
 )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from diffusers import (
     AutoencoderKLWan,
     UniPCMultistepScheduler,
+    WanAnimateTransformer3DModel,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
@@ -17,7 +19,7 @@ from zoo.text import t5_tokenizer
 
 
 CHANNELS = 4  # of the latents
-FRAMES = 5  # two in a latent frame, after the first one alone
+FRAMES = 5  # the first alone, then four in a latent frame
 VIDEO = [picture(seed) for seed in range(FRAMES)]
 SPECIAL.update(
     {
@@ -25,7 +27,14 @@ SPECIAL.update(
         "WanImageToVideo*": {"image": picture()},
         "WanVideoToVideo*": {"video": VIDEO, "num_frames": None},
         "WanVACE*": {"video": VIDEO, "mask": [picture(seed, mode="L") for seed in range(FRAMES)]},
-        "WanAnimate*": {"image": picture(), "pose_video": VIDEO, "face_video": VIDEO, "num_frames": None},
+        "WanAnimate*": {
+            "image": picture(),
+            "guidance_scale": 3.0,
+            "pose_video": VIDEO,
+            "face_video": VIDEO,
+            "num_frames": None,
+            "segment_frame_length": FRAMES,
+        },
     }
 )
 
@@ -35,13 +44,13 @@ def autoencoder_kl_wan() -> AutoencoderKLWan:
     return AutoencoderKLWan(
         base_dim=8,
         z_dim=CHANNELS,
-        dim_mult=[1, 2],
+        dim_mult=[1, 1, 2],
         num_res_blocks=1,
-        temperal_downsample=[True],
+        temperal_downsample=[True, True],
         latents_mean=[0.1, -0.2, 0.3, 0.0],
         latents_std=[1.0, 1.5, 2.0, 0.5],
-        scale_factor_temporal=2,
-        scale_factor_spatial=2,
+        scale_factor_temporal=4,
+        scale_factor_spatial=4,
     )
 
 
@@ -67,15 +76,35 @@ def wan_transformer() -> WanTransformer3DModel:
 
 @argument("transformer", "WanImageToVideo*")
 def wan_image_transformer() -> WanTransformer3DModel:
-    """Wan 2.1's: the picture comes as latents with a mask (2 + 4 more channels here) and as CLIP embeddings."""
+    """Wan 2.1's: the picture comes as latents with a mask (4 + 4 more channels here) and as CLIP embeddings."""
     return WanTransformer3DModel(
-        **wan_settings(in_channels=2 * CHANNELS + 2, image_dim=WIDTH, added_kv_proj_dim=24, pos_embed_seq_len=None)
+        **wan_settings(in_channels=2 * CHANNELS + 4, image_dim=WIDTH, added_kv_proj_dim=24, pos_embed_seq_len=None)
     )
 
 
 @component("WanVACETransformer3DModel")
 def wan_vace_transformer() -> WanVACETransformer3DModel:
-    return WanVACETransformer3DModel(**wan_settings(vace_layers=[0], vace_in_channels=2 * CHANNELS + 4))
+    return WanVACETransformer3DModel(**wan_settings(vace_layers=[0], vace_in_channels=2 * CHANNELS + 16))
+
+
+@component("WanAnimateTransformer3DModel")
+def wan_animate_transformer() -> WanAnimateTransformer3DModel:
+    return WanAnimateTransformer3DModel(
+        **wan_settings(
+            in_channels=2 * CHANNELS + 4,
+            latent_channels=CHANNELS,
+            image_dim=WIDTH,
+            num_layers=2,
+            motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
+            motion_encoder_size=16,
+            motion_style_dim=8,
+            motion_dim=4,
+            motion_encoder_dim=8,
+            face_encoder_hidden_dim=16,
+            face_encoder_num_heads=2,
+            inject_face_latents_blocks=2,
+        )
+    )
 
 
 @component("CLIPVisionModel")
@@ -102,6 +131,12 @@ def wan_tokenizer() -> T5Tokenizer:
 @argument("boundary_ratio", "Wan*")
 def one_expert() -> None:
     return None
+
+
+def two_experts() -> dict:
+    """What `build(WanPipeline, **two_experts())` needs for a Wan 2.2: both experts are used in a call of four steps."""
+    torch.manual_seed(1)
+    return {"transformer_2": wan_transformer(), "boundary_ratio": 0.875}
 
 
 @argument("scheduler", "Wan*")

@@ -17,7 +17,7 @@ SPECIAL.update(
         "ZImageImg2Img*": {"image": picture(), "strength": 0.8},
         "ZImageInpaint*": {"image": picture(), "mask_image": picture(mode="L"), "strength": 0.8},
         "ZImageControlNet*": {"control_image": picture()},
-        "ZImageControlNetInpaint*": {"image": picture(), "mask_image": picture(mode="L")},
+        "ZImageControlNetInpaint*": {"image": picture(), "mask_image": [picture(mode="L"), picture(1, mode="L")]},
     }
 )
 
@@ -50,6 +50,16 @@ def zimage_controlnet(**kwargs) -> ZImageControlNetModel:
             "n_kv_heads": 2,
             **kwargs,
         }
+    )
+
+
+@argument("controlnet", "ZImageControlNetInpaint*")
+def zimage_inpainting_controlnet() -> ZImageControlNetModel:
+    """Reads the control picture, the mask and the masked picture, as the checkpoints from 2.0 on do."""
+    return zimage_controlnet(
+        control_in_dim=2 * CHANNELS + 1,
+        control_refiner_layers_places=[0],
+        add_control_noise_refiner="control_noise_refiner",
     )
 
 
