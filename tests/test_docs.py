@@ -13,7 +13,7 @@ from tiny import stable_diffusion
 
 import dpok_trl
 from dpok_trl import DPOKConfig, DPOKTrainer
-from dpok_trl.policy.schedulers import _NOT_MARKOV, _READERS
+from dpok_trl.policy.schedulers import _NOT_MARKOV, _READERS, _WALKED_ON
 from dpok_trl.results.runlog import read_metrics
 
 
@@ -206,9 +206,17 @@ def test_the_schedulers_that_work_are_those_that_can_be_read():
 
 def test_the_refused_schedulers_are_named():
     refused = section(text_of("how-it-works"), "What is refused")
-    for name in _NOT_MARKOV:
-        family = re.match(r"(?:FlowMatch)?(PNDM|IPNDM|LMS|Heun|KDPM2)", name)[1]
+    for name in _NOT_MARKOV.keys() - _WALKED_ON.keys():
+        family = re.match(r"(?:FlowMatch)?(IPNDM|Heun|KDPM2|DPMSolverSDE|SASolver)", name)[1]
         assert re.search(rf"\b{family}\b", refused), name
+
+
+def test_the_schedulers_that_are_walked_as_another_are_named():
+    schedulers = re.search(r"^### Schedulers\n(.*?)^## ", text_of("how-it-works"), re.S | re.M)[1]
+    for name, (replacement, _) in _WALKED_ON.items():
+        assert re.search(
+            rf"`{name}`.*`{replacement.__name__}`|`{replacement.__name__}` for `{name}`", schedulers, re.S
+        )
 
 
 def test_methods_of_the_trainer_exist():
