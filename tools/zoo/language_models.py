@@ -6,7 +6,6 @@ A byte is a token, so that every template of every family can be written; the pr
 from __future__ import annotations
 
 import string
-from functools import cache
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -59,15 +58,14 @@ CHAT_TEMPLATE = (
 )
 
 
-@cache
-def _qwen_vocabulary() -> dict[str, int]:
+def qwen_vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate([*QWEN_SPECIAL, *sorted(ByteLevel.alphabet())])}
 
 
 @component("Qwen2Tokenizer", "Qwen2TokenizerFast")
 def qwen_tokenizer() -> Qwen2Tokenizer:
     tokenizer = Qwen2Tokenizer(
-        vocab=dict(_qwen_vocabulary()), merges=[], additional_special_tokens=QWEN_SPECIAL[1:], padding_side="right"
+        vocab=qwen_vocabulary(), merges=[], additional_special_tokens=QWEN_SPECIAL[1:], padding_side="right"
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
@@ -157,7 +155,7 @@ def qwen3_for_causal_lm() -> Qwen3ForCausalLM:
 
 @component("Qwen2_5_VLForConditionalGeneration")
 def qwen_vl() -> Qwen2_5_VLForConditionalGeneration:
-    token = _qwen_vocabulary()
+    token = qwen_vocabulary()
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}
     config = Qwen2_5_VLConfig(
         text_config={**language_settings(), "rope_parameters": rope},
@@ -195,6 +193,6 @@ def mistral3() -> Mistral3ForConditionalGeneration:
             "image_size": 16,
             "patch_size": 4,
         },
-        image_token_index=_qwen_vocabulary()["<|image_pad|>"],
+        image_token_index=qwen_vocabulary()["<|image_pad|>"],
     )
     return Mistral3ForConditionalGeneration(config)

@@ -15,14 +15,13 @@ SPECIAL.update({"PixArt*": {"use_resolution_binning": False, "clean_caption": Fa
 def pixart_transformer(**kwargs) -> PixArtTransformer2DModel:
     return PixArtTransformer2DModel(
         num_attention_heads=2,
-        attention_head_dim=8,
+        attention_head_dim=12,
         in_channels=4,
         out_channels=8,
         num_layers=2,
-        cross_attention_dim=16,
+        cross_attention_dim=24,
         caption_channels=WIDTH,
-        sample_size=8,
-        **kwargs,
+        **{"sample_size": 8, **kwargs},
     )
 
 
@@ -33,8 +32,8 @@ def pixart_sigma_transformer() -> PixArtTransformer2DModel:
 
 @argument("transformer", "PixArtAlpha*")
 def pixart_alpha_transformer() -> PixArtTransformer2DModel:
-    """With the size of the picture and its aspect ratio as conditions, as the 1024-pixel checkpoints are."""
-    return pixart_transformer(use_additional_conditions=True)
+    """With the size of the picture and its aspect ratio as conditions: the pipeline gives them to networks of a sample size of 128."""
+    return pixart_transformer(use_additional_conditions=True, sample_size=128)
 
 
 @argument("scheduler", "PixArt*")
