@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from tiny import nudge, stable_diffusion, stable_diffusion_xl
 
@@ -12,6 +12,7 @@ from dpok_trl import DefaultDPOKStableDiffusionPipeline, DPOKSchedulerOutput
 from dpok_trl.policy.loading import load_pipeline
 from dpok_trl.policy.lora import adapter_layers, prepare_adapter
 from dpok_trl.policy.lora_files import lora_state_dict, save_lora
+from dpok_trl.policy.schedulers import as_ddim
 
 
 PNDM = {
@@ -56,9 +57,14 @@ def test_a_ddim_of_the_users_own_is_kept(tmp_path):
     assert {name: config[name] for name in own} == own
 
 
-def test_without_lora_is_refused(folder):
-    with pytest.raises(ValueError, match="use_lora=False: training all weights of the UNet is not supported yet"):
-        DefaultDPOKStableDiffusionPipeline(folder, use_lora=False)
+def test_without_lora_all_weights_are_trained_and_saved_as_a_pipeline(folder, tmp_path):
+    pipe = DefaultDPOKStableDiffusionPipeline(folder, use_lora=False)
+    unet = pipe.get_trainable_layers()
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in unet.parameters()) and not adapter_layers(unet)
+    nudge(unet, 0.01)
+    pipe.save_pretrained(tmp_path)
+    again = StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert all(torch.equal(value, again.unet.state_dict()[key]) for key, value in unet.state_dict().items())
 
 
 def test_its_call_draws_images_with_latents_and_log_probabilities(folder):
@@ -153,13 +159,6 @@ def test_its_checkpoint_hooks_bring_the_adapter_back_in_place(folder, tmp_path):
 
 
 # ---------------------------------------------------------------- by name
-
-
-def test_a_pipeline_by_name_gets_ddim_for_pndm(folder, caplog):
-    with caplog.at_level(logging.INFO, logger="dpok_trl"):
-        pipe = load_pipeline(folder)
-    assert type(pipe).__name__ == "StableDiffusionPipeline" and type(pipe.scheduler) is DDIMScheduler
-    assert "PNDM" in caplog.text
 
 
 def test_a_pipeline_by_name_keeps_any_other_scheduler(tmp_path):

@@ -2,7 +2,7 @@
 
 import torch
 
-from dpok_trl.policy.memo import LIST, PromptMemo, batch_axes, select_rows
+from dpok_trl.policy.memo import LIST, NOTHING, PromptMemo, batch_axes, select_rows
 
 
 class Encoder:
@@ -23,13 +23,13 @@ class Encoder:
 
 def test_batch_axes_are_measured():
     encode = Encoder().encode_prompt
-    assert batch_axes(encode(["a"]), encode(["a", "a"])) == (0, 1, LIST, None, None)
+    assert batch_axes(encode(["a"]), encode(["a", "a"])) == (0, 1, LIST, None, NOTHING)
 
 
 def test_rows_are_selected_in_any_order_and_repeated():
     encode = Encoder().encode_prompt
     output = encode(["a", "bbb", "cc"])
-    first, layers, listed, positions, nothing = select_rows(output, (0, 1, LIST, None, None), [2, 0, 2])
+    first, layers, listed, positions, nothing = select_rows(output, (0, 1, LIST, None, NOTHING), [2, 0, 2])
     assert first[:, 0, 0].tolist() == [2, 1, 2] and layers[0, :, 0].tolist() == [2, 1, 2]
     assert [len(entry) for entry in listed] == [2, 1, 2]
     assert positions is output[3] and nothing is None

@@ -107,7 +107,7 @@ def test_path_kl_grows_with_the_adapter():
     policy = make_policy(nudged=False)
     values = []
     for _ in range(2):
-        nudge(policy.tuned.denoisers, 0.1)
+        nudge(policy.networks, 0.1)
         values.append(path_kl_to_reference(policy, policy.rollout(["a"], [0])).item())
     assert 0 < values[0] < values[1]
 

@@ -7,8 +7,8 @@ from peft import LoraConfig
 from safetensors import safe_open
 from tiny import FAMILIES, stable_diffusion
 
-from dpok_trl.policy.lora import adapter_layers, adapter_name
 from dpok_trl.policy.hooks import PipelineHooks
+from dpok_trl.policy.lora import adapter_layers, adapter_name
 from dpok_trl.training import publishing
 
 

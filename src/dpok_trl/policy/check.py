@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from dpok_trl.policy.loading import load_pipeline
 from dpok_trl.policy.errors import ReplayError, UnsupportedPipelineError
 from dpok_trl.policy.hooks import PipelineHooks
+from dpok_trl.policy.loading import load_pipeline
 from dpok_trl.policy.lora import adapter_name, remove_adapter
 from dpok_trl.policy.policy import Policy
 from dpok_trl.policy.schedulers import UnsupportedSchedulerError

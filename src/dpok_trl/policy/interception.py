@@ -168,7 +168,11 @@ def call_pipeline(pipe: DiffusionPipeline, answers: Answers, networks: Networks,
     # Pipelines may write into their list arguments (Z-Image does), so each call gets its own.
     arguments = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
     try:
-        with intercepted(pipe, answers, networks), torch.no_grad(), _global_random(answers.global_seed, pipe._execution_device):
+        with (
+            intercepted(pipe, answers, networks),
+            torch.no_grad(),
+            _global_random(answers.global_seed, pipe._execution_device),
+        ):
             return networks.hooks.call(pipe, arguments)
     except LastStepReached:
         return None

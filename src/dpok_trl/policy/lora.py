@@ -23,7 +23,11 @@ logger = logging.getLogger(__name__)
 ADAPTER_NAME = "default"
 # The attention projections as networks name them: diffusers' denoisers (rank and alpha as in DDPO and in DPOK's official code), the text
 # encoders of transformers, and T5.
-ATTENTION_NAMES = (("to_q", "to_k", "to_v", "to_out.0"), ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj"), ("q", "k", "v", "o"))
+ATTENTION_NAMES = (
+    ("to_q", "to_k", "to_v", "to_out.0"),
+    ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj"),
+    ("q", "k", "v", "o"),
+)
 DEFAULT_TARGETS = list(ATTENTION_NAMES[0])
 
 
@@ -44,7 +48,10 @@ def _attention_projections(module: nn.Module) -> list[str]:
         present = [target for target in known if any(name.endswith(f".{target}") for name in names)]
         if present:
             return present
-    logger.warning("%s has no attention projections of a known name: the adapter goes on all of its linear layers", type(module).__name__)
+    logger.warning(
+        "%s has no attention projections of a known name: the adapter goes on all of its linear layers",
+        type(module).__name__,
+    )
     return [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
 
 

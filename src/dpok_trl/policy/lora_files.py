@@ -96,7 +96,9 @@ def _place_of(pipe: DiffusionPipeline, name: str) -> str | None:
     if _has_place(pipe, name):
         return name
     kind = type(getattr(pipe, name))
-    alike = [other for other in pipe.components if type(getattr(pipe, other, None)) is kind and _has_place(pipe, other)]
+    alike = [
+        other for other in pipe.components if type(getattr(pipe, other, None)) is kind and _has_place(pipe, other)
+    ]
     return alike[0] if alike else None
 
 

@@ -100,8 +100,7 @@ class Policy(nn.Module):
         encode_prompt = getattr(pipe, "encode_prompt", None)
         self.memo = PromptMemo(encode_prompt) if encode_prompt is not None and not self.tuned.text_encoders else None
         self._in_reference = False
-        for module in self.tuned.modules.values():
-            module.eval()
+        self.networks.eval()
         if note := scheduler_note(pipe.scheduler):
             logger.warning("%s", note)
         if getattr(pipe, "safety_checker", None) is not None:

@@ -72,7 +72,9 @@ class Recorder:
         self.global_seed = generators[0].initial_seed()
         self.reduction = reduction
         self.casts = Casts() if fp32_latents else None
-        self.latents: list[torch.Tensor] = []  # what each step was given, and at the end what the last one returned, (B, *)
+        self.latents: list[
+            torch.Tensor
+        ] = []  # what each step was given, and at the end what the last one returned, (B, *)
         self.next_latents: list[torch.Tensor] = []  # what each step returned
         self.log_probs: dict[int, torch.Tensor] = {}  # step -> (B,)
         self._scheduler = scheduler
@@ -80,7 +82,9 @@ class Recorder:
         self._encoded: list[Encoded | None] = []
         self._calls: list[Any] = []  # the denoiser calls of the step in progress
         self._timesteps: list[Any] = []
-        self._returned: tuple[torch.Tensor, int] | None = None  # the last returned latents, and how often they were written to
+        self._returned: tuple[torch.Tensor, int] | None = (
+            None  # the last returned latents, and how often they were written to
+        )
 
     def prepare_scheduler(self, scheduler: Any) -> None:
         pass

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
 
+from dpok_trl.policy.errors import UnsupportedPipelineError
 from dpok_trl.policy.lora import (
     adapter_name,
     adapters_disabled,
@@ -46,14 +47,14 @@ class Tuned:
         """Switches the adapters off. Frozen copies are left to the caller, who calls them in place of the denoisers.
 
         Raises:
-            `ValueError`: If there is neither an adapter nor a copy.
+            [`UnsupportedPipelineError`]: If there is neither an adapter nor a copy.
         """
         if self.frozen:
             yield
             return
         for name, module in self.modules.items():
             if adapter_name(module) is None:
-                raise ValueError(
+                raise UnsupportedPipelineError(
                     f"`{name}` has no active LoRA adapter, so nothing can be trained and there is no reference to "
                     f"compare with. Add one first: `pipe.{name}.add_adapter(LoraConfig(...))`."
                 )

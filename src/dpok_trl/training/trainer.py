@@ -24,8 +24,8 @@ from dpok_trl.core.gaussian import Gaussian
 from dpok_trl.core.objectives import OBJECTIVES, noise_kl, probability_ratio, ratio_metrics
 from dpok_trl.core.trajectory import Transitions
 from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline
-from dpok_trl.policy.loading import load_pipeline
 from dpok_trl.policy.hooks import PipelineHooks
+from dpok_trl.policy.loading import load_pipeline
 from dpok_trl.policy.policy import Policy
 from dpok_trl.policy.replayer import ReplayedStep
 from dpok_trl.policy.tuning import tune
