@@ -15,6 +15,7 @@ import argparse
 import datetime
 import fnmatch
 import inspect
+import logging
 import multiprocessing
 import signal
 import sys
@@ -29,13 +30,17 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL.Image import Image
 from zoo import NotBuildable, build, call_arguments
 
 from dpok_trl import check_pipeline
-from dpok_trl.policy.lora import adapter_name, default_lora_config, prepare_adapter
+from dpok_trl.policy.hooks import PipelineHooks
 from dpok_trl.policy.policy import Policy
+from dpok_trl.policy.schedulers import policy_scheduler
+from dpok_trl.policy.tuning import tune
 
 
 TIME_LIMIT = 120  # seconds for a class
@@ -43,15 +48,22 @@ PROMPTS = ("a photo of a cat", "a red circle")
 VANISHING = 1e-6  # eta at which the policy is the deterministic sampler, to the tolerance below
 SAME_PATH = 2e-4  # fp32, relative to the largest value: eta = 1e-6 and four steps through random networks
 
-# Schedulers that draw noise in every step, as the policy does with eta = 1; all others are deterministic by default.
-DRAWS_NOISE = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
+# Schedulers that draw noise in every step, and the transition of the policy that draws the same with eta = 1; all others are deterministic.
+DRAWS_NOISE = {
+    "DDPMScheduler": "ancestral",
+    "EulerAncestralDiscreteScheduler": "ancestral",
+    "LTXEulerAncestralRFScheduler": "ancestral",
+    "FlowMatchLCMScheduler": "cps",
+    "LCMScheduler": "cps",
+    "SCMScheduler": "cps",
+}
 
 PASSES, REFUSED, NOT_BUILDABLE, FAILS, NO_PROMPT = "passes", "refused", "not buildable here", "fails", "no prompt"
 MEANING = {
     PASSES: "replays with ratio exactly 1, every denoiser gets a gradient, the rollout is the pipeline's own",
     REFUSED: "`check_pipeline` says that it cannot be a policy as it is, and why",
     FAILS: "accepted, but something goes wrong",
-    NOT_BUILDABLE: "no tiny pipeline could be made to try it with",
+    NOT_BUILDABLE: "no tiny pipeline could be made that runs untouched",
     NO_PROMPT: "the call takes no prompt, so it is out of the package's scope",
 }
 GROUPS = {
@@ -101,7 +113,7 @@ def group_of(pipeline_class: type[DiffusionPipeline]) -> str:
 
 
 def examine(pipeline_class: type[DiffusionPipeline]) -> Row:
-    """Builds, checks and compares one class."""
+    """Builds, runs, checks and compares one class."""
     name, group = pipeline_class.__name__, group_of(pipeline_class)
     if "prompt" not in inspect.signature(pipeline_class.__call__).parameters:
         return Row(name, group, NO_PROMPT)
@@ -111,57 +123,127 @@ def examine(pipeline_class: type[DiffusionPipeline]) -> Row:
         return Row(name, group, NOT_BUILDABLE, detail=str(error))
     except Exception as error:  # a constructor may raise anything; it becomes the row, in its own words
         return Row(name, group, NOT_BUILDABLE, detail=f"the constructor raises {_in_words(error)}")
-    scheduler = type(pipe.scheduler).__name__ if getattr(pipe, "scheduler", None) is not None else ""
+    if getattr(pipe, "scheduler", None) is None:
+        return _without_scheduler(pipe, name, group)
+    scheduler = type(pipe.scheduler).__name__
     try:
-        report = check_pipeline(pipe, prompts=PROMPTS, **call_arguments(pipe))
+        prompts = batch_that_runs(pipe)
+    except Exception as error:  # likewise
+        return Row(name, group, NOT_BUILDABLE, scheduler, f"the untouched pipeline raises {_in_words(error)}")
+    try:
+        report = check_pipeline(pipe, prompts=prompts, **call_arguments(pipe))
         deviation = max((abs(step.ratio - 1.0) for step in report.steps), default=None)
         if not report.ok:
             return Row(name, group, FAILS if report.steps else REFUSED, scheduler, report.reason, deviation)
-        problem, path_deviation = compare_with_untouched(pipe)
+        problem, path_deviation = compare_with_untouched(pipe, prompts)
     except Exception as error:  # likewise
         return Row(name, group, FAILS, scheduler, _in_words(error))
-    return Row(name, group, FAILS if problem else PASSES, scheduler, problem, deviation, path_deviation)
+    if problem:
+        return Row(name, group, FAILS, scheduler, problem, deviation, path_deviation)
+    note = "" if len(prompts) > 1 else "its call takes one prompt at a time"
+    return Row(name, group, PASSES, scheduler, note, deviation, path_deviation)
 
 
-def compare_with_untouched(pipe: DiffusionPipeline) -> tuple[str, float]:
-    """The policy against the pipeline itself: what is wrong ("" if nothing), and the largest difference found."""
+def _without_scheduler(pipe: DiffusionPipeline, name: str, group: str) -> Row:
+    """Combined pipelines, and those with several schedulers under other names: `check_pipeline` has the sentence."""
+    return Row(name, group, REFUSED, detail=check_pipeline(pipe).reason)
+
+
+def batch_that_runs(pipe: DiffusionPipeline) -> tuple[str, ...]:
+    """Two prompts, or one if the untouched pipeline takes no more."""
+    try:
+        call_untouched(pipe, PROMPTS)
+    except Exception as error:  # what two prompts in a pipeline for one run into is different everywhere
+        try:
+            call_untouched(pipe, PROMPTS[:1])
+        except Exception:
+            raise error from None
+        return PROMPTS[:1]
+    return PROMPTS
+
+
+def call_untouched(pipe: DiffusionPipeline, prompts: tuple[str, ...]) -> tuple[Any, list[float]]:
+    """What `pipe` returns, with a generator for each sample, and the timesteps that it visits."""
     arguments = call_arguments(pipe)
-    draws_noise = type(pipe.scheduler).__name__ in DRAWS_NOISE
-    policy = Policy(pipe, call_kwargs=arguments, kind="ancestral", eta=1.0 if draws_noise else VANISHING)
-    for denoiser in policy.denoisers.values():
-        if adapter_name(denoiser) is None:
-            prepare_adapter(denoiser, default_lora_config(rank=4))
-    seeds = list(range(len(PROMPTS)))
+    # What the policy gives each sample of its own: the negative prompt, and the picture that it starts from.
+    if isinstance(arguments.get("negative_prompt"), str):
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
+    if "strength" in inspect.signature(type(pipe).__call__).parameters:
+        for name in ("image", "mask_image"):
+            if isinstance(arguments.get(name), Image):
+                arguments[name] = [arguments[name]] * len(prompts)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+    with first_order(pipe), recorded_steps(pipe, generators) as timesteps, torch.no_grad(), torch.random.fork_rng([]):
+        torch.manual_seed(0)  # for what a pipeline draws beside its generators: the policy's own seed there
+        output = pipe(prompt=list(prompts), generator=generators, output_type="pt", return_dict=False, **arguments)
+    return output, timesteps
 
-    with recorded_calls(policy.denoisers) as ours:
-        trajectory = policy.rollout(PROMPTS, seeds=seeds)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with recorded_calls(policy.denoisers) as theirs, recorded_steps(pipe, generators) as timesteps, torch.no_grad():
-        output = pipe(prompt=list(PROMPTS), generator=generators, output_type="pt", return_dict=False, **arguments)
+
+def compare_with_untouched(pipe: DiffusionPipeline, prompts: tuple[str, ...]) -> tuple[str, float]:
+    """The policy against the pipeline itself: what is wrong ("" if nothing), and the largest difference found."""
+    kind = drawn_noise(pipe.scheduler)
+    policy = Policy(
+        pipe,
+        tune(pipe, PipelineHooks().denoisers(pipe)),
+        call_kwargs=call_arguments(pipe),
+        kind=kind or "ancestral",
+        eta=1.0 if kind else VANISHING,
+    )
+    with recorded_calls(policy.networks) as ours:
+        trajectory = policy.rollout(prompts, seeds=list(range(len(prompts))))
+    with recorded_calls(policy.networks) as theirs:
+        output, timesteps = call_untouched(pipe, prompts)
 
     problems = []
-    visited = trajectory.recording.grid.timesteps.tolist()
-    if visited != [float(timestep) for timestep in timesteps]:
-        problems.append(f"the rollout visits the timesteps {visited}, the untouched pipeline {timesteps}")
+    visited = trajectory.recording.grid.timesteps
+    if len(visited) != len(timesteps) or largest_difference(visited, torch.tensor(timesteps).double()) > SAME_PATH:
+        problems.append(f"the rollout visits the timesteps {visited.tolist()}, the untouched pipeline {timesteps}")
     if len(ours) != len(theirs):
         problems.append(f"{len(ours)} calls of denoisers in the rollout, {len(theirs)} in the untouched pipeline")
     first = largest_difference(ours[:1], theirs[:1])
     if first != 0.0:
         problems.append(f"the first call of the denoiser differs by {first:.3g} from that of the untouched pipeline")
-    path = max(largest_difference(ours, theirs), largest_difference(trajectory.images, _images(output, trajectory)))
+    path = max(largest_difference(ours, theirs), largest_difference(trajectory.images, as_images(output)))
     if not path <= SAME_PATH:
         problems.append(f"the rollout differs by {path:.3g} from the untouched pipeline")
     problems += denoisers_without_gradient(policy, trajectory)
     return "; ".join(problems), path
 
 
+def drawn_noise(scheduler: Any) -> str | None:
+    """The transition that draws as the scheduler itself does; `None` if it draws nothing."""
+    if scheduler.config.get("stochastic_sampling", False):
+        return "cps"
+    if scheduler.config.get("algorithm_type", "").startswith("sde-"):
+        return "ancestral"
+    return DRAWS_NOISE.get(type(scheduler).__name__)
+
+
+@contextmanager
+def first_order(pipe: DiffusionPipeline) -> Iterator[None]:
+    """With the scheduler that the policy walks on, at the order at which a step depends on the current latents alone."""
+    scheduler = policy_scheduler(pipe.scheduler)
+    settings: dict[str, Any] = {"solver_order": 1} if scheduler.config.get("solver_order", 1) > 1 else {}
+    if "disable_corrector" in scheduler.config:  # UniPC goes back to the step before at order 1, too
+        settings["disable_corrector"] = list(range(scheduler.config.num_train_timesteps))
+    if str(scheduler.config.get("variance_type")).startswith("fixed_large"):
+        settings["variance_type"] = "fixed_small"
+    if settings:
+        scheduler = type(scheduler).from_config(scheduler.config, **settings)
+    own = pipe.scheduler
+    pipe.scheduler = scheduler
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
+
+
 def denoisers_without_gradient(policy: Policy, trajectory: Any) -> list[str]:
-    policy.zero_grad()
     for step in trajectory.steps:
         (replayed,) = policy(trajectory, steps=[step])
         replayed.log_prob.sum().backward()
     missing = []
-    for name, denoiser in policy.denoisers.items():
+    for name, denoiser in policy.networks.items():
         gradients = [parameter.grad for parameter in denoiser.parameters() if parameter.grad is not None]
         if not any(bool(gradient.any()) for gradient in gradients):
             missing.append(f"`{name}` gets no gradient")
@@ -198,7 +280,7 @@ def recorded_steps(pipe: DiffusionPipeline, generators: list[torch.Generator]) -
     @wraps(original)
     def step(model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         timesteps.append(float(torch.as_tensor(timestep).flatten()[0]))
-        if takes_generator and kwargs.get("generator") is None:
+        if takes_generator and kwargs.get("generator") is None and kwargs.get("variance_noise") is None:
             kwargs["generator"] = generators
         return original(model_output, timestep, *args, **kwargs)
 
@@ -240,12 +322,14 @@ def _copied(value: Any) -> Any:
     return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
-def _images(output: Any, trajectory: Any) -> torch.Tensor:
-    """What an untouched pipeline returned, as the policy gives images: float32."""
+def as_images(output: Any) -> torch.Tensor:
+    """What an untouched pipeline returned, as the policy gives images: float32, channels before height and width."""
     images = output[0]
     if isinstance(images, (list, tuple)):
-        images = torch.stack(list(images))
-    return torch.as_tensor(images).float()
+        images = torch.stack([torch.as_tensor(image) for image in images])
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images).movedim(-1, -3)
+    return images.float()
 
 
 def _in_words(error: Exception) -> str:
@@ -268,6 +352,7 @@ def _examine_in_time(name: str) -> Row:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
+    logging.getLogger("dpok_trl").setLevel(logging.ERROR)
     pipeline_class = exported_pipelines()[name]
 
     def out_of_time(*_: Any) -> None:

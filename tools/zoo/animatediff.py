@@ -104,7 +104,7 @@ SPECIAL.update(
         "PIA*": {"image": [picture(), picture(1)], "num_frames": FRAMES},
         "I2VGenXL*": {"image": [picture(), picture(1)], "num_frames": FRAMES, "target_fps": 4},
         "TextToVideoSD*": {"num_frames": FRAMES},
-        "VideoToVideoSD*": {"video": VIDEO, "strength": 0.75},
+        "VideoToVideoSD*": {"video": [VIDEO, VIDEO], "strength": 0.75},
         "TextToVideoZero*": {"video_length": FRAMES, "t0": 1, "t1": 2},
     }
 )
