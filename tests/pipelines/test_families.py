@@ -8,8 +8,10 @@ from pipelines.families import FAMILIES
 from tiny import nudge
 
 from dpok_trl import DPOKConfig, DPOKTrainer, check_pipeline
-from dpok_trl.policy.lora import default_lora_config, prepare_adapter, save_lora
-from dpok_trl.policy.policy import Policy, find_denoisers
+from dpok_trl.policy.hooks import PipelineHooks
+from dpok_trl.policy.lora_files import LORA_FILE, PEFT_FILE
+from dpok_trl.policy.policy import Policy
+from dpok_trl.policy.tuning import tune
 
 
 PROMPTS = ["a cat", "two dogs"]
@@ -20,18 +22,18 @@ REORDERED_TOLERANCE = 1e-5
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-def trainable_pipe(family, rank=4, alpha=4, dtype=torch.float32):
-    """With an adapter that is no longer at its start, where B = 0 and neither the image nor lora_A would depend on it."""
+def tuned_pipe(family, rank=4, alpha=4, dtype=torch.float32):
+    """With adapters that are no longer at their start, where B = 0 and neither the image nor the gradient of A depends on them."""
     pipe = family.pipe().to(dtype)
-    for denoiser in find_denoisers(pipe).values():
-        prepare_adapter(denoiser, default_lora_config(rank, alpha))
+    tuned = tune(pipe, PipelineHooks().denoisers(pipe), rank=rank, alpha=alpha)
+    for denoiser in tuned.denoisers.values():
         nudge(denoiser, 0.1)
-    return pipe
+    return pipe, tuned
 
 
 def policy_of(family, dtype=torch.float32):
-    pipe = trainable_pipe(family, dtype=dtype)
-    return Policy(pipe, call_kwargs=family.call(pipe))
+    pipe, tuned = tuned_pipe(family, dtype=dtype)
+    return Policy(pipe, tuned, call_kwargs=family.call(pipe))
 
 
 def image_of(pipe, family):
@@ -91,21 +93,28 @@ def test_the_gradient_reaches_every_tensor_of_the_adapter(name):
 # ---------------------------------------------------------------- what is left behind
 
 
+def load(pipe, folder):
+    """As the docs say, with nothing but diffusers and peft."""
+    if (folder / LORA_FILE).exists():
+        pipe.load_lora_weights(folder)
+    for name, denoiser in PipelineHooks().denoisers(pipe).items():
+        if (folder / name / LORA_FILE).exists():  # the second expert
+            pipe.load_lora_weights(folder, subfolder=name, load_into_transformer_2=True)
+        if (folder / name / PEFT_FILE).exists():  # a family without a LoRA loader
+            setattr(pipe, name, PeftModel.from_pretrained(denoiser, folder / name))
+
+
 @every_family
 def test_a_saved_adapter_gives_the_identical_image_in_a_stock_pipeline(name, tmp_path):
     family = FAMILIES[name]
-    tuned = trainable_pipe(family, rank=2, alpha=5)
-    save_lora(tuned, find_denoisers(tuned), tmp_path)
+    pipe, tuned = tuned_pipe(family, rank=2, alpha=5)
+    tuned.save(pipe, tmp_path)
 
     stock = family.pipe()
     base = image_of(stock, family)
-    if hasattr(stock, "load_lora_weights"):
-        stock.load_lora_weights(tmp_path)
-    else:
-        for component, denoiser in find_denoisers(stock).items():
-            setattr(stock, component, PeftModel.from_pretrained(denoiser, tmp_path / component))
+    load(stock, tmp_path)
     image = image_of(stock, family)
-    assert torch.equal(image, image_of(tuned, family))
+    assert torch.equal(image, image_of(pipe, family))
     assert not torch.equal(image, base)
 
 
