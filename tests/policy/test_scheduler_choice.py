@@ -7,8 +7,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from tiny import stable_diffusion
 
 from dpok_trl.core.transitions import Transition
+from dpok_trl.policy.policy import Policy
 from dpok_trl.policy.schedulers import (
     UnsupportedSchedulerError,
     next_distribution,
@@ -217,3 +219,42 @@ def test_a_large_variance_becomes_the_posteriors():
         scheduler.set_timesteps(STEPS)
         grids.append(read_grid(scheduler))
     assert torch.equal(grids[0].sigma, grids[1].sigma) and torch.equal(grids[0].sigma, grids[2].sigma)
+
+
+# ---------------------------------------------------------------------------------------------- through a pipeline
+
+
+# Images in [0, 1]; the steps are computed in another order than diffusers does it.
+IMAGE_TOLERANCE = 2e-6
+
+
+def rolled_out_and_untouched(scheduler, oracle, **call):
+    """Images of the policy on `scheduler`, and of the untouched pipeline on `oracle`, from the same seeds."""
+    pipe, prompts, seeds = stable_diffusion(scheduler=scheduler), ["a cat", "two dogs"], [1, 2]
+    ours = Policy(pipe, call_kwargs={"num_inference_steps": 4}).rollout(prompts, seeds).images
+    assert pipe.scheduler is scheduler
+    pipe.scheduler = oracle
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return ours, pipe(prompts, generator=generators, num_inference_steps=4, output_type="pt", **call).images
+
+
+@pytest.mark.parametrize("scheduler_class", [diffusers.LCMScheduler, diffusers.EulerAncestralDiscreteScheduler])
+def test_a_rollout_draws_what_the_schedulers_own_steps_draw(scheduler_class):
+    scheduler = scheduler_class(**SD15, steps_offset=1)
+    ours, untouched = rolled_out_and_untouched(scheduler, scheduler)
+    assert (ours - untouched).abs().max() <= IMAGE_TOLERANCE
+
+
+def test_a_rollout_on_pndm_draws_what_ddim_draws(caplog):
+    ddim = diffusers.DDIMScheduler(**SD15, steps_offset=1, clip_sample=False, set_alpha_to_one=False)
+    ours, untouched = rolled_out_and_untouched(diffusers.PNDMScheduler(**PNDM), ddim, eta=1.0)
+    assert (ours - untouched).abs().max() <= IMAGE_TOLERANCE
+    assert "sampling with DDIMScheduler" in caplog.text
+
+
+def test_a_rollout_of_a_second_order_solver_draws_what_the_first_order_draws(caplog):
+    options = SD15 | {"algorithm_type": "sde-dpmsolver++", "steps_offset": 1}
+    second, first = (diffusers.DPMSolverMultistepScheduler(**options, solver_order=order) for order in (2, 1))
+    ours, untouched = rolled_out_and_untouched(second, first)
+    assert (ours - untouched).abs().max() <= IMAGE_TOLERANCE
+    assert "order 2 (solver_order)" in caplog.text
