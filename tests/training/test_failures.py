@@ -3,7 +3,7 @@
 import datasets
 import pytest
 import torch
-from diffusers import PNDMScheduler, PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+from diffusers import HeunDiscreteScheduler, PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from tiny import stable_diffusion
 
 from dpok_trl import RatioError, RewardError
@@ -94,8 +94,8 @@ def test_a_pipeline_of_another_kind(make_trainer):
 
 
 def test_a_scheduler_with_a_memory(make_trainer):
-    pipe = stable_diffusion(scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1))
-    with pytest.raises(UnsupportedSchedulerError, match="PNDMScheduler.*DDIM"):
+    pipe = stable_diffusion(scheduler=HeunDiscreteScheduler(steps_offset=1))
+    with pytest.raises(UnsupportedSchedulerError, match="HeunDiscreteScheduler.*EulerAncestralDiscreteScheduler"):
         make_trainer(pipe=pipe).train()
 
 
