@@ -50,17 +50,19 @@ class Trajectory:
     def transitions(
         self,
         samples: Sequence[int],
-        step: int,
+        steps: Sequence[int],
         advantages: torch.Tensor,
         reference: Gaussian | torch.Tensor | None = None,
     ) -> Transitions:
-        """The transitions of the given samples at one step. `advantages`, `(B,)`, has one entry for each sample of the trajectory."""
-        rows = torch.tensor(samples, device=self.log_probs.device)
+        """The transitions of the given samples, each at a step. `advantages`, `(B,)`, has one entry for each sample of the trajectory."""
+        device = self.log_probs.device
+        rows = torch.tensor(samples, device=device)
+        columns = torch.tensor([self.steps.index(step) for step in steps], device=device)
         return Transitions(
             trajectory=self,
             samples=tuple(samples),
-            step=step,
-            old_log_prob=self.log_probs[rows, self.steps.index(step)],
+            steps=tuple(steps),
+            old_log_prob=self.log_probs[rows, columns],
             advantage=advantages[rows],
             reference=reference,
         )
@@ -68,12 +70,12 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Transitions:
-    """`n` transitions (x_t, x_{t-1}) of one trajectory at one step: what one forward and backward pass eats.
+    """`n` transitions (x_t, x_{t-1}) of one trajectory: what one forward and backward pass eats.
 
     Args:
         trajectory (`Trajectory`): Where the rows come from.
         samples (`tuple[int, ...]` of length `n`): The rows, in any order.
-        step (`int`): The denoising step, counted from 0 in generation order.
+        steps (`tuple[int, ...]` of length `n`): The denoising step of each, counted from 0 in generation order; mostly all the same.
         old_log_prob (`torch.Tensor` of shape `(n,)`): Under the policy that drew them.
         advantage (`torch.Tensor` of shape `(n,)`)
         reference ([`Gaussian`] or `torch.Tensor`, *optional*): What the pretrained model says of these rows: its distribution of x_{t-1}, or
@@ -82,7 +84,7 @@ class Transitions:
 
     trajectory: Trajectory
     samples: tuple[int, ...]
-    step: int
+    steps: tuple[int, ...]
     old_log_prob: torch.Tensor
     advantage: torch.Tensor
     reference: Gaussian | torch.Tensor | None = None

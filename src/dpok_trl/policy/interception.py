@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
-from dpok_trl.policy.errors import ReplayError
+from dpok_trl.policy.errors import ReplayError, UnsupportedPipelineError
 from dpok_trl.policy.hooks import PipelineHooks
 from dpok_trl.policy.memo import PromptMemo
 from dpok_trl.policy.nested import map_tensors
@@ -110,6 +110,7 @@ def intercepted(pipe: DiffusionPipeline, answers: Answers, networks: Networks) -
     scheduler = policy_scheduler(pipe.scheduler)
 
     def step(model_output, timestep, sample, *args, generator=None, return_dict=True, **kwargs):
+        _refuse_arguments_of_step(pipe, args, kwargs)
         next_sample, x0 = answers.step(scheduler, model_output, timestep, sample)
         return StepOutput(next_sample, x0) if return_dict else (next_sample, x0)
 
@@ -136,6 +137,20 @@ def intercepted(pipe: DiffusionPipeline, answers: Answers, networks: Networks) -
                 pipe.__dict__[name] = kept[name]
             else:
                 del pipe.__dict__[name]
+
+
+# Arguments of `scheduler.step` that only say how much noise to draw, which is the policy's own matter.
+NOISE_ARGUMENTS = frozenset({"eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "variance_noise", "noise"})
+
+
+def _refuse_arguments_of_step(pipe: DiffusionPipeline, args: tuple, kwargs: dict) -> None:
+    """Raises [`UnsupportedPipelineError`] for arguments of `scheduler.step` that make it another step than the one of its grid."""
+    unknown = [name for name, value in kwargs.items() if name not in NOISE_ARGUMENTS and value not in (None, False)]
+    if args or unknown:
+        raise UnsupportedPipelineError(
+            f"{type(pipe).__name__} hands `scheduler.step` more than the model output, the timestep and the latents ({', '.join(unknown) or 'positional arguments'}), so its "
+            "steps are not those of the scheduler's grid. Use the family's plain text-to-image or text-to-video pipeline."
+        )
 
 
 def _denoise_as(answers: Answers, name: str) -> Callable[[tuple, dict], Any]:

@@ -23,6 +23,7 @@ from dpok_trl.policy.errors import ReplayError, UnsupportedPipelineError
 from dpok_trl.policy.hooks import PipelineHooks
 from dpok_trl.policy.interception import Networks, call_pipeline
 from dpok_trl.policy.memo import PromptMemo
+from dpok_trl.policy.mixed import MixedReplayer
 from dpok_trl.policy.recorder import Recorder
 from dpok_trl.policy.replayer import ReplayedStep, Replayer
 from dpok_trl.policy.schedulers import make_transition, read_grid, scheduler_note
@@ -207,6 +208,7 @@ class Policy(nn.Module):
         samples: Sequence[int] | None = None,
         steps: Sequence[int] | None = None,
         verify: bool = False,
+        each: Sequence[int] | None = None,
     ) -> list[ReplayedStep]:
         """Replays steps of a trajectory under the current policy, with gradients if gradients are on.
 
@@ -218,18 +220,20 @@ class Policy(nn.Module):
                 log-probabilities are equal to the recorded ones bit for bit; in another batch shape kernels round differently.
             steps (`Sequence[int]`, *optional*): From `trajectory.steps`; all of them by default.
             verify (`bool`): Compare the latents that arrive at each selected step with the recorded ones (one device sync a step).
+            each (`Sequence[int]`, *optional*): In place of `steps`: the step of each of the `samples`, in one forward pass. Not every pipeline can where they
+                differ; see [`~Policy.mixing_error`].
 
         Returns:
-            `list[ReplayedStep]`: One for each step, ascending.
+            `list[ReplayedStep]`: One for each step, ascending; a single one with `each`.
 
         Raises:
             [`ReplayError`]: If the pipeline leaves the recorded path, or detaches the gradient.
         """
-        steps = trajectory.steps if steps is None else sorted(steps)
+        steps = sorted(set(each) if each is not None else trajectory.steps if steps is None else steps)
         unknown = [step for step in steps if step not in trajectory.steps]
         if unknown or not steps:
             raise ValueError(
-                f"steps {list(steps)} are not all actions of this trajectory, which are {list(trajectory.steps)}"
+                f"steps {steps} are not all actions of this trajectory, which are {list(trajectory.steps)}"
             )
         now = self._scheduler_identity()
         if now != trajectory.recording.scheduler:
@@ -238,9 +242,13 @@ class Policy(nn.Module):
                 "with the scheduler that is there now, or put the other one back."
             )
         rows = range(len(trajectory)) if samples is None else samples
-        if samples is not None and tuple(samples) == tuple(range(len(trajectory))):
-            samples = None
-        replayer = Replayer(self._networks(), trajectory, samples, steps, self.log_prob_reduction, verify)
+        if each is not None and len(steps) > 1:
+            replayer = MixedReplayer(self._networks(), trajectory, rows, each, self.log_prob_reduction)
+        else:
+            whole = tuple(rows) == tuple(range(len(trajectory)))
+            replayer = Replayer(
+                self._networks(), trajectory, None if whole else samples, steps, self.log_prob_reduction, verify
+            )
         generators = _generators([trajectory.seeds[row] for row in rows], trajectory.recording.device)
         prompts = [trajectory.prompts[row] for row in rows]
         arguments = {name: [values[row] for row in rows] for name, values in trajectory.arguments.items()}
@@ -250,7 +258,28 @@ class Policy(nn.Module):
             self._networks(),
             {**self._call_kwargs(prompts, generators, arguments), "output_type": "latent"},
         )
-        return [replayer.outputs[step] for step in steps]
+        return [replayer.outputs[step] for step in sorted(replayer.outputs)]
+
+    @torch.no_grad()
+    def mixing_error(self, trajectory: Trajectory, samples: Sequence[int]) -> float | None:
+        """A trial: replays `samples` at steps of their own in one forward pass, and compares with a replay of each step.
+
+        Returns:
+            `float`: The largest difference of a log-probability. `None` if the pipeline cannot do it.
+        """
+        if len(trajectory.latents) < 3:
+            return None
+        each = [trajectory.steps[index % len(trajectory.steps)] for index in range(len(samples))]
+        try:
+            (mixed,) = self(trajectory, samples, each=each)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            # whatever a pipeline does with a timestep that is a vector: to fail is an answer here
+            logger.info("%s takes one timestep at a time: %s", type(self.pipe).__name__, error)
+            return None
+        steps = sorted(set(each))
+        apart = dict(zip(steps, self(trajectory, samples, steps), strict=True))
+        expected = torch.stack([apart[step].log_prob[row] for row, step in enumerate(each)])
+        return (mixed.log_prob - expected).abs().max().item()
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -43,11 +43,12 @@ class Recording:
     fp32_latents: bool
 
     def distribution(
-        self, model_output: torch.Tensor, sample: torch.Tensor, step: int
+        self, model_output: torch.Tensor, sample: torch.Tensor, step: int | torch.Tensor
     ) -> tuple[Gaussian, torch.Tensor]:
-        """Of x_{t-1}, and the predicted x_0."""
+        """Of x_{t-1}, and the predicted x_0. `step` of shape `(B,)`: for each sample its own; actions are all of one rule."""
         x0, eps = predict_on_grid(self.grid, model_output, sample, step)
-        return self.rules[step](sample, x0, eps, self.grid.levels(step)), x0.to(sample.dtype)
+        rule = self.rules[step if isinstance(step, int) else int(step[0])]
+        return rule(sample, x0, eps, self.grid.levels(step)), x0.to(sample.dtype)
 
 
 class Recorder:

@@ -65,15 +65,27 @@ class Replayer:
         self.outputs: dict[int, ReplayedStep] = {}
         # on the device once, and not once for each step
         self._rows = None if samples is None else torch.tensor(samples, device=trajectory.latents[0].device)
-        self._step_index = 0
+        self._step_index = 0  # of the loop
         self._call_index = 0
         self._encode_index = 0
 
     def prepare_scheduler(self, scheduler: Any) -> None:
         pass
 
-    def rows_of(self, latents: torch.Tensor) -> torch.Tensor:
-        """A copy of recorded latents of the replayed samples: some pipelines write into what they get."""
+    def state(self, index: int) -> torch.Tensor:
+        """The recorded latents that the loop's step `index` starts from."""
+        return self._rows_of(self.trajectory.latents[index])
+
+    def action(self, index: int) -> torch.Tensor:
+        """What `scheduler.step` returns in the loop's step `index`."""
+        return self._rows_of(self.trajectory.next_latents[index])
+
+    def grid_index(self, index: int) -> int | torch.Tensor:
+        """Where in the grid the samples are in the loop's step `index`."""
+        return index
+
+    def _rows_of(self, latents: torch.Tensor) -> torch.Tensor:
+        # A copy: some pipelines write into what they get.
         return latents.clone() if self._rows is None else latents[self._rows]
 
     def encode_prompt(self, args: tuple, kwargs: dict) -> Any:
@@ -112,10 +124,10 @@ class Replayer:
         self._step_index += 1
         self._call_index = 0
         advance(scheduler, self.recording.begin + index)
-        action = self.rows_of(self.trajectory.next_latents[index])
+        action = self.action(index)
         if index in self.steps:
             self._check(index, model_output, sample)
-            distribution, _ = self.recording.distribution(model_output, sample, index)
+            distribution, _ = self.recording.distribution(model_output, sample, self.grid_index(index))
             log_prob = distribution.log_prob(action, self.reduction)
             self.outputs[index] = ReplayedStep(log_prob, distribution, model_output)
             torch.set_grad_enabled(self.text_grad)
@@ -131,7 +143,7 @@ class Replayer:
                 f"the model output of step {step_index} carries no gradient. Either nothing trainable lies in the denoiser, or the "
                 "pipeline cuts it off (a `.detach()`, `torch.no_grad()` or `torch.inference_mode()` around the denoiser in a custom `__call__`): take that out."
             )
-        recorded = self.rows_of(self.trajectory.latents[step_index])
+        recorded = self.state(step_index)
         if sample.shape != recorded.shape:
             raise ReplayError(
                 f"step {step_index} got latents of shape {tuple(sample.shape)}, recorded were {tuple(recorded.shape)}"

@@ -9,7 +9,8 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 TRACKERS = ("all", "tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
@@ -79,6 +80,23 @@ class DPOKConfig:
         },
     )
     allow_tf32: bool = field(default=True, metadata={"help": "Allow TF32 matrix products on Ampere and later GPUs."})
+    model_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "dtype in which a pipeline that is given by name is loaded: fp32, bf16 or fp16. None: diffusers' default.",
+            "choices": [None, "fp32", "bf16", "fp16"],
+        },
+    )
+    torch_compile: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the denoisers. Old log-probabilities then come from a replay, since compiled graphs round differently with and without gradients."
+        },
+    )
+    torch_compile_backend: str = field(default="inductor", metadata={"help": "Backend of `torch.compile`."})
+    torch_compile_mode: str | None = field(
+        default=None, metadata={"help": "Mode of `torch.compile`, such as max-autotune-no-cudagraphs."}
+    )
     resume_from: str = field(
         default="",
         metadata={"help": "A checkpoint, or a folder of checkpoints of which the newest whole one is taken."},
@@ -125,6 +143,41 @@ class DPOKConfig:
             "help": "On a pipeline in half precision, keep the latents in fp32 between the steps, so that rounding is no part of the actions."
         },
     )
+    sample_sde_window_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps of the stochastic window (MixGRPO): steps outside it are deterministic and not trained on. None: all steps are stochastic."
+        },
+    )
+    sample_sde_window_schedule: str = field(
+        default="progressive",
+        metadata={
+            "help": "Where the window is. progressive: from `sample_sde_window_start` one step later every `sample_sde_window_interval` epochs; random: drawn "
+            "for each epoch; fixed: at `sample_sde_window_start`.",
+            "choices": ["progressive", "random", "fixed"],
+        },
+    )
+    sample_sde_window_start: int = field(
+        default=0, metadata={"help": "First step of the window, counted from 0; of a progressive one at the start."}
+    )
+    sample_sde_window_interval: int = field(
+        default=25, metadata={"help": "Epochs between two moves of a progressive window."}
+    )
+    sample_vae_slicing: bool = field(
+        default=False, metadata={"help": "Decode images one at a time, for less memory (diffusers' VAE slicing)."}
+    )
+    sample_vae_tiling: bool = field(
+        default=False, metadata={"help": "Decode images in tiles, for less memory at high resolutions."}
+    )
+    sample_offload_encoders: bool = field(
+        default=False, metadata={"help": "Move the text encoders off the device while the policy is updated."}
+    )
+    sample_call_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Entries of the prompt metadata that are arguments of the pipeline's call, one for each image (image, mask_image ...)."
+        },
+    )
     sample_call_kwargs: dict | str | None = field(
         default_factory=dict,
         metadata={
@@ -134,6 +187,9 @@ class DPOKConfig:
     negative_prompts: str = field(default="", metadata={"help": "One negative prompt, used with every prompt."})
 
     # --- rewards and advantages
+    reward_offload: bool = field(
+        default=False, metadata={"help": "Keep a reward that is a torch module off the device but while it scores."}
+    )
     async_reward_computation: bool = field(
         default=False, metadata={"help": "Compute rewards in threads while the next batch is sampled."}
     )
@@ -220,6 +276,12 @@ class DPOKConfig:
         default=1.0,
         metadata={"help": "Fraction of the stochastic timesteps of each training batch to train on, drawn at random."},
     )
+    train_mixed_timesteps: bool = field(
+        default=False,
+        metadata={
+            "help": "Each sample of a training batch at a timestep of its own, if a trial at the start finds that the pipeline can."
+        },
+    )
     train_reanchor: bool | None = field(
         default=None,
         metadata={
@@ -282,7 +344,8 @@ class DPOKConfig:
 
     def _check_types(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
-            allowed = get_args(hint) or (hint,)
+            allowed = [get_origin(kind) or kind for kind in (hint,) if get_origin(kind) is not UnionType]
+            allowed = allowed or [get_origin(kind) or kind for kind in get_args(hint)]
             value = getattr(self, name)
             if float in allowed and type(value) is int:
                 continue
@@ -299,6 +362,7 @@ class DPOKConfig:
             "sample_num_batches_per_epoch",
             "sample_num_images_per_prompt",
             "max_workers",
+            "sample_sde_window_interval",
             "per_prompt_stat_tracking_buffer_size",
             "per_prompt_stat_tracking_min_count",
             "train_batch_size",
@@ -311,6 +375,7 @@ class DPOKConfig:
             "save_freq",
             "sample_grid_freq",
             "sample_min_std",
+            "sample_sde_window_start",
             "train_lr_warmup_steps",
             "train_adam_weight_decay",
             "kl_weight",
@@ -348,7 +413,53 @@ class DPOKConfig:
                 f"train_timesteps_per_update = {self.train_timesteps_per_update}, but it must be at least 1, or None for all."
             )
 
+    def _check_window(self) -> None:
+        size, start = self.sample_sde_window_size, self.sample_sde_window_start
+        if size is None:
+            unused = [
+                item.name
+                for item in fields(self)
+                if item.name.startswith("sample_sde_window_") and getattr(self, item.name) != item.default
+            ]
+            if unused:
+                raise ValueError(f"{', '.join(unused)} would do nothing: set sample_sde_window_size as well.")
+            return
+        if size < 1 or start + size > self.sample_num_steps:
+            raise ValueError(
+                f"sample_sde_window_size = {size} from sample_sde_window_start = {start} does not lie in the {self.sample_num_steps} steps of "
+                f"sample_num_steps. The size must be between 1 and {max(1, self.sample_num_steps - start)}."
+            )
+
     def _check_combinations(self) -> None:
+        self._check_window()
+        if self.train_mixed_timesteps and self.train_batch_size < 2:
+            raise ValueError(
+                f"train_mixed_timesteps = True with train_batch_size = {self.train_batch_size}: one sample cannot be at different timesteps. Raise "
+                "train_batch_size to 2 or more."
+            )
+        if self.torch_compile and self.train_reanchor is False:
+            raise ValueError(
+                "torch_compile = True with train_reanchor = False: compiled graphs round differently with and without gradients, so the ratio would not "
+                "be 1. Leave train_reanchor out."
+            )
+        if not self.torch_compile and (
+            self.torch_compile_backend != "inductor" or self.torch_compile_mode is not None
+        ):
+            raise ValueError(
+                "torch_compile_backend and torch_compile_mode would do nothing: set torch_compile = True."
+            )
+        if self.train_text_encoder and (self.sample_offload_encoders or not self.train_use_lora):
+            other = "sample_offload_encoders = True" if self.sample_offload_encoders else "train_use_lora = False"
+            raise ValueError(
+                f"train_text_encoder = True trains adapters on the text encoders in every update; it does not go with {other}."
+            )
+        if not self.train_use_lora and (self.train_lora_rank is not None or self.train_lora_alpha is not None):
+            raise ValueError("train_lora_rank and train_lora_alpha would do nothing with train_use_lora = False.")
+        if self.reward_offload and self.async_reward_computation:
+            raise ValueError(
+                "reward_offload = True keeps the reward off the device while images are sampled, and async_reward_computation = True scores just "
+                "then. Choose one."
+            )
         if not self.train_cfg and self.sample_guidance_scale > 1:
             raise ValueError(
                 f"train_cfg = False with sample_guidance_scale = {self.sample_guidance_scale} would train another distribution than the one that "

@@ -23,12 +23,12 @@ class RatioError(RuntimeError):
     """The policy's ratio is not 1 before the first update: training would start on wrong gradients."""
 
 
-@torch.no_grad()
 def check_ratio(
     policy: Policy,
     batch: TrainingBatch,
     *,
     reanchor: bool | None,
+    with_grad: bool,
     clip_range: float,
     reduction: Reduction,
     largest: Callable[[torch.Tensor], float],
@@ -40,6 +40,7 @@ def check_ratio(
 
     Args:
         reanchor (`bool`, *optional*): What the user wants; `None`: re-anchor if there is any deviation.
+        with_grad (`bool`): See [`anchor`].
         clip_range (`float`): Deviations must stay below a tenth of it.
         largest (`Callable`): The largest entry of a tensor over all processes, so that all decide alike.
 
@@ -67,7 +68,8 @@ def check_ratio(
                 deviation,
             )
     if reanchor:
-        deviation = largest((replayed_log_probs(policy, batch) - replay).abs())
+        anchored = replayed_log_probs(policy, batch, with_grad=with_grad)
+        deviation = largest((replayed_log_probs(policy, batch, with_grad=with_grad) - anchored).abs())
     if not deviation <= clip_range / 10:
         what = (
             "two replays of one batch differ"
@@ -84,19 +86,30 @@ def refuse_ratio(deviation: float, clip_range: float) -> None:
         raise RatioError(_causes("the ratio of the first update is not 1", deviation, clip_range / 10))
 
 
-@torch.no_grad()
-def anchor(policy: Policy, batches: list[TrainingBatch]) -> None:
-    """Takes the old log-probabilities of training batches from a replay at their own shape."""
+def anchor(policy: Policy, batches: list[TrainingBatch], with_grad: bool) -> None:
+    """Takes the old log-probabilities of training batches from a replay at their own shape.
+
+    Args:
+        with_grad (`bool`): In gradient mode, as the update will compute them: a compiled network is another graph there, which rounds differently.
+    """
     for batch in batches:
         log_probs = batch.trajectory.log_probs.clone()
-        log_probs[list(batch.samples)] = replayed_log_probs(policy, batch)
+        log_probs[list(batch.samples)] = replayed_log_probs(policy, batch, with_grad=with_grad)
         batch.trajectory = batch.trajectory.with_log_probs(log_probs)
 
 
-def replayed_log_probs(policy: Policy, batch: TrainingBatch, verify: bool = False) -> torch.Tensor:
-    """Log-probabilities `(n, steps)` of a training batch at all its stochastic steps, under the policy as it is now."""
-    replayed = policy(batch.trajectory, batch.samples, batch.trajectory.steps, verify)
-    return torch.stack([step.log_prob for step in replayed], dim=1)
+def replayed_log_probs(
+    policy: Policy, batch: TrainingBatch, verify: bool = False, with_grad: bool = False
+) -> torch.Tensor:
+    """Log-probabilities `(n, steps)` of a training batch at all its stochastic steps, under the policy as it is now, without their graph."""
+    columns = []
+    # one step at a time with gradients, whose graph is then freed
+    groups = [[step] for step in batch.trajectory.steps] if with_grad else [list(batch.trajectory.steps)]
+    for steps in groups:
+        with torch.set_grad_enabled(with_grad):
+            replayed = policy(batch.trajectory, batch.samples, steps, verify)
+        columns += [step.log_prob.detach() for step in replayed]
+    return torch.stack(columns, dim=1)
 
 
 def _causes(what: str, deviation: float, allowed: float) -> str:

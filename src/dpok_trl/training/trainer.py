@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import defaultdict
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig
@@ -26,18 +27,21 @@ from dpok_trl.core.trajectory import Transitions
 from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline
 from dpok_trl.policy.hooks import PipelineHooks
 from dpok_trl.policy.loading import load_pipeline
-from dpok_trl.policy.policy import Policy
 from dpok_trl.policy.replayer import ReplayedStep
-from dpok_trl.policy.tuning import tune
 from dpok_trl.prompts import prompt_source
 from dpok_trl.results.runlog import RunLog, log_images_to
 from dpok_trl.rewards.base import RewardError, reward_name, score
 from dpok_trl.training.batches import SampledBatch, TrainingBatch, Update, cut_batches, plan_updates
+from dpok_trl.training.building import build_policy, encoders_off_the_device, on_the_device
 from dpok_trl.training.checkpoint import Checkpoints
 from dpok_trl.training.config import DPOKConfig
 from dpok_trl.training.publishing import PublishingMixin
 from dpok_trl.training.ratio import RatioError, anchor, check_ratio, refuse_ratio
 from dpok_trl.training.setup import make_accelerator, make_optimizer, reward_threads, settle_output_dir
+from dpok_trl.training.window import sde_window
+
+
+logger = logging.getLogger(__name__)
 
 
 class DPOKTrainer(PublishingMixin):
@@ -78,6 +82,10 @@ class DPOKTrainer(PublishingMixin):
             raise ValueError(
                 f"reward_function must be a function of (images, prompts, metadata), given: {reward_function!r}. Rewards by name are not there yet."
             )
+        if config.reward_offload and not isinstance(reward_function, torch.nn.Module):
+            raise ValueError(
+                f"reward_offload = True needs a reward that is a torch.nn.Module, given: {reward_name(reward_function)}. Set it to False."
+            )
         self.config = config
         self.reward_fn = reward_function
         self.image_samples_callback = image_samples_hook
@@ -94,34 +102,13 @@ class DPOKTrainer(PublishingMixin):
 
         set_seed(config.seed)  # the adapter is initialised alike on all processes
         wrapper = sd_pipeline if isinstance(sd_pipeline, DefaultDPOKStableDiffusionPipeline) else None
-        self.pipeline = load_pipeline(sd_pipeline if wrapper is None else wrapper.sd_pipeline)
+        self.pipeline = load_pipeline(sd_pipeline if wrapper is None else wrapper.sd_pipeline, config.model_dtype)
         self.sd_pipeline = self.pipeline if wrapper is None else wrapper  # DDPO's name
         self.pipeline.to(self.accelerator.device)
-        hooks = PipelineHooks() if pipeline_hooks is None else pipeline_hooks
-        self.tuned = tune(
-            self.pipeline,
-            hooks.denoisers(self.pipeline),
-            peft_config=peft_config,
-            rank=config.train_lora_rank,
-            alpha=config.train_lora_alpha,
-            text_encoders=config.train_text_encoder,
-            full=not config.train_use_lora,
-        )
-        if config.train_gradient_checkpointing:
-            for denoiser in self.tuned.denoisers.values():
-                denoiser.enable_gradient_checkpointing()
-        self.policy = Policy(
-            self.pipeline,
-            self.tuned,
-            call_kwargs=self._call_kwargs(),
-            kind=config.sample_transition,
-            eta=config.sample_eta,
-            noise_level=config.sample_noise_level,
-            min_std=config.sample_min_std,
-            log_prob_reduction=config.train_log_prob_reduction,
-            fp32_latents=config.sample_fp32_latents,
-            hooks=hooks,
-        )
+        self.policy = build_policy(config, self.pipeline, peft_config, pipeline_hooks)
+        self.tuned = self.policy.tuned
+        if len(self.tuned.denoisers) > 1:  # a forward pass meets only the expert of its timestep
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         set_seed(config.seed, device_specific=True)
 
         self.trainable_layers = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
@@ -152,7 +139,8 @@ class DPOKTrainer(PublishingMixin):
         self._shown: dict[str, float] = {}  # beside the progress bar: means of the epoch
         self._ratio_checked = False
         self._first_update = False  # the next update is the first after the check
-        self._reanchor = config.train_reanchor  # None: not decided yet
+        self._reanchor = True if config.torch_compile else config.train_reanchor  # None: not decided yet
+        self._mixed = config.train_mixed_timesteps  # until the trial says no
         self.run_log = RunLog(self.output_dir) if self.accelerator.is_main_process else None
         self.checkpoints = Checkpoints(self)
 
@@ -216,14 +204,15 @@ class DPOKTrainer(PublishingMixin):
         self._log_round(epoch, global_step, batches, rewards, sampling_metrics)
 
         started = time.monotonic()
-        training_batches = self._training_batches(batches, advantages)
         kl = []
-        for inner_epoch in range(self.config.train_num_inner_epochs):
-            for update in self._updates(training_batches, epoch, inner_epoch):
-                metrics = self._update(update)
-                self.global_step = global_step = global_step + 1
-                self._log({"epoch": epoch, "inner_epoch": inner_epoch, **metrics}, global_step)
-                kl += [metrics["kl"]] if "kl" in metrics else []
+        with encoders_off_the_device(self.policy, self.config.sample_offload_encoders):
+            training_batches = self._training_batches(batches, advantages)
+            for inner_epoch in range(self.config.train_num_inner_epochs):
+                for update in self._updates(training_batches, epoch, inner_epoch):
+                    metrics = self._update(update)
+                    self.global_step = global_step = global_step + 1
+                    self._log({"epoch": epoch, "inner_epoch": inner_epoch, **metrics}, global_step)
+                    kl += [metrics["kl"]] if "kl" in metrics else []
         self._log({"epoch": epoch, "time/update": time.monotonic() - started}, global_step)
         self._shown = {"reward": rewards.mean().item()} | ({"kl": sum(kl) / len(kl)} if kl else {})
         return global_step
@@ -257,17 +246,20 @@ class DPOKTrainer(PublishingMixin):
         for index in self._progress(range(self.config.sample_num_batches_per_epoch), "rollout"):
             prompts, metadata = self.prompts.draw(self.config.sample_batch_size)
             with self.accelerator.autocast():
-                trajectory = self.policy.rollout(prompts, self._seeds(epoch, index))
+                trajectory = self.policy.rollout(
+                    prompts, self._seeds(epoch, index), self._arguments(metadata), sde_window(self.config, epoch)
+                )
             batch = SampledBatch(trajectory, tuple(metadata))
             if self.executor is not None:
                 batch.job = self.executor.submit(self._score, batch)
             batches.append(batch)
         sampled = time.monotonic()
-        for batch in batches:
-            if batch.job is None:
-                self._score(batch)
-            else:
-                batch.job.result()
+        with on_the_device(self.reward_fn, self.accelerator.device, self.config.reward_offload):
+            for batch in batches:
+                if batch.job is None:
+                    self._score(batch)
+                else:
+                    batch.job.result()
         return batches, {"time/rollout": sampled - started, "time/reward": time.monotonic() - sampled}
 
     def compute_rewards(
@@ -326,7 +318,7 @@ class DPOKTrainer(PublishingMixin):
         trainer serves every pipeline.
         """
         config = self.config
-        (replayed,) = self.prepared_policy(transitions.trajectory, transitions.samples, [transitions.step])
+        (replayed,) = self.prepared_policy(transitions.trajectory, transitions.samples, each=transitions.steps)
         ratio = probability_ratio(replayed.log_prob, transitions.old_log_prob)
         loss = self.loss(transitions.advantage, config.train_clip_range, ratio)
         metrics = ratio_metrics(replayed.log_prob, transitions.old_log_prob, config.train_clip_range)
@@ -356,14 +348,35 @@ class DPOKTrainer(PublishingMixin):
                 self.prepared_policy,
                 cut[0],
                 reanchor=self._reanchor,
+                with_grad=config.torch_compile,
                 clip_range=config.train_clip_range,
                 reduction=config.train_log_prob_reduction,
-                largest=lambda deviations: self.accelerator.gather(deviations.amax()[None]).amax().item(),
+                largest=self._largest,
             )
             self._ratio_checked = self._first_update = True
+            self._mixed = self._mixed and self._can_mix(cut[0])
         if self._reanchor:
-            anchor(self.prepared_policy, cut)
+            anchor(self.prepared_policy, cut, with_grad=config.torch_compile)
         return cut
+
+    def _can_mix(self, batch: TrainingBatch) -> bool:
+        """A trial of several timesteps in one forward pass; all processes decide alike."""
+        error = self.policy.mixing_error(batch.trajectory, batch.samples)
+        error = self._largest(torch.tensor([math.inf if error is None else error], device=self.accelerator.device))
+        if error <= self.config.train_clip_range / 10:
+            return True
+        logger.warning(
+            "train_mixed_timesteps: %s gives other log-probabilities for samples at different timesteps in one forward pass (off by %s, allowed %.3g), so "
+            "training batches stay at one timestep each",
+            type(self.pipeline).__name__,
+            "nothing that can be measured: it fails" if math.isinf(error) else f"{error:.3g}",
+            self.config.train_clip_range / 10,
+        )
+        return False
+
+    def _largest(self, values: torch.Tensor) -> float:
+        """Over all processes."""
+        return self.accelerator.gather(values.amax()[None]).amax().item()
 
     def _updates(self, batches: list[TrainingBatch], epoch: int, inner_epoch: int) -> Iterator[list[Transitions]]:
         """The optimizer steps of one pass, each a list of transitions: one forward and backward pass each."""
@@ -374,19 +387,20 @@ class DPOKTrainer(PublishingMixin):
             accumulation=config.train_gradient_accumulation_steps,
             timesteps_per_update=config.train_timesteps_per_update,
             random=np.random.default_rng([config.seed, epoch, inner_epoch, self.accelerator.process_index]),
+            mixed=self._mixed,
         )
         if config.kl_weight > 0:
             self._ask_reference(plan)
         for update in self._progress(plan, "update"):
-            yield [batch.transitions(step) for batch, step in update]
+            yield [batch.transitions(steps) for batch, steps in update]
 
     @torch.no_grad()
     def _ask_reference(self, plan: list[Update]) -> None:
         """The pretrained model's answer at every planned transition: once for each, all steps of a batch in one replay."""
         wanted: dict[int, tuple[TrainingBatch, set[int]]] = {}
-        for batch, step in (pair for update in plan for pair in update):
-            if step not in batch.references:
-                wanted.setdefault(id(batch), (batch, set()))[1].add(step)
+        for batch, steps in (pair for update in plan for pair in update):
+            if new := set(steps) - set(batch.references):
+                wanted.setdefault(id(batch), (batch, set()))[1].update(new)
         exact = self.config.kl_type == "gaussian"
         with self.policy.reference():
             for batch, steps in wanted.values():
@@ -488,17 +502,6 @@ class DPOKTrainer(PublishingMixin):
 
     # ---------------------------------------------------------------- small parts
 
-    def _call_kwargs(self) -> dict[str, Any]:
-        config = self.config
-        kwargs = {
-            "num_inference_steps": config.sample_num_steps,
-            "guidance_scale": config.sample_guidance_scale,
-            **config.sample_call_kwargs,
-        }
-        if config.negative_prompts:
-            kwargs["negative_prompt"] = config.negative_prompts
-        return kwargs
-
     def _updates_per_pass(self) -> int:
         """Optimizer steps of a pass, for the length of the learning-rate schedule; as if every step of the grid were stochastic, since the
         grid is known only once the pipeline has run."""
@@ -507,6 +510,18 @@ class DPOKTrainer(PublishingMixin):
         batches = samples // (config.train_batch_size * config.train_gradient_accumulation_steps)
         steps = int(config.sample_num_steps * config.train_timestep_fraction)
         return batches * math.ceil(steps / (config.train_timesteps_per_update or steps))
+
+    def _arguments(self, metadata: Sequence[Any]) -> dict[str, list[Any]]:
+        """The arguments of the pipeline's call that come with the prompts."""
+        columns = self.config.sample_call_columns or []
+        for entry in metadata if columns else []:
+            missing = [column for column in columns if not (isinstance(entry, dict) and column in entry)]
+            if missing:
+                has = ", ".join(map(str, entry)) if isinstance(entry, dict) else f"no dict: {entry!r}"
+                raise ValueError(
+                    f"sample_call_columns names {', '.join(missing)}, which the metadata of a prompt does not have (it has {has})."
+                )
+        return {column: [entry[column] for entry in metadata] for column in columns}
 
     def _seeds(self, epoch: int, batch: int) -> list[int]:
         entropy = [self.config.seed, epoch, self.accelerator.process_index, batch]
