@@ -58,12 +58,12 @@ DRAWS_NOISE = {
     "SCMScheduler": "cps",
 }
 
-PASSES, REFUSED, NOT_BUILDABLE, FAILS, NO_PROMPT = "passes", "refused", "not buildable here", "fails", "no prompt"
+PASSES, REFUSED, NOT_RUN, FAILS, NO_PROMPT = "passes", "refused", "not run here", "fails", "no prompt"
 MEANING = {
     PASSES: "replays with ratio exactly 1, every denoiser gets a gradient, the rollout is the pipeline's own",
     REFUSED: "`check_pipeline` says that it cannot be a policy as it is, and why",
     FAILS: "accepted, but something goes wrong",
-    NOT_BUILDABLE: "no tiny pipeline could be made that runs untouched",
+    NOT_RUN: "no tiny pipeline was made, or it does not run untouched with a list of prompts and a list of generators",
     NO_PROMPT: "the call takes no prompt, so it is out of the package's scope",
 }
 GROUPS = {
@@ -120,16 +120,16 @@ def examine(pipeline_class: type[DiffusionPipeline]) -> Row:
     try:
         pipe = build(pipeline_class)
     except NotBuildable as error:
-        return Row(name, group, NOT_BUILDABLE, detail=str(error))
+        return Row(name, group, NOT_RUN, detail=str(error))
     except Exception as error:  # a constructor may raise anything; it becomes the row, in its own words
-        return Row(name, group, NOT_BUILDABLE, detail=f"the constructor raises {_in_words(error)}")
+        return Row(name, group, NOT_RUN, detail=f"the constructor raises {_in_words(error)}")
     if getattr(pipe, "scheduler", None) is None:
         return _without_scheduler(pipe, name, group)
     scheduler = type(pipe.scheduler).__name__
     try:
         prompts = batch_that_runs(pipe)
     except Exception as error:  # likewise
-        return Row(name, group, NOT_BUILDABLE, scheduler, f"the untouched pipeline raises {_in_words(error)}")
+        return Row(name, group, NOT_RUN, scheduler, f"the untouched pipeline raises {_in_words(error)}")
     try:
         report = check_pipeline(pipe, prompts=prompts, **call_arguments(pipe))
         deviation = max((abs(step.ratio - 1.0) for step in report.steps), default=None)
