@@ -21,15 +21,20 @@ from transformers import (
     LlamaModel,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
+    Mistral3Model,
     ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLTextModel,
     Qwen2Tokenizer,
     Qwen2VLImageProcessorPil,
     Qwen2VLProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
 )
 
 from zoo.registry import component
@@ -62,7 +67,15 @@ def qwen_vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate([*QWEN_SPECIAL, *sorted(ByteLevel.alphabet())])}
 
 
-@component("Qwen2Tokenizer", "Qwen2TokenizerFast")
+@component(
+    "Qwen2Tokenizer",
+    "Qwen2TokenizerFast",
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+    "AutoTokenizer",
+    "TokenizersBackend",
+    "PreTrainedTokenizerBase",
+)
 def qwen_tokenizer() -> Qwen2Tokenizer:
     tokenizer = Qwen2Tokenizer(
         vocab=qwen_vocabulary(), merges=[], additional_special_tokens=QWEN_SPECIAL[1:], padding_side="right"
@@ -83,7 +96,7 @@ class PictureProcessor(Qwen2VLProcessor):
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
-@component("Qwen2VLProcessor", "Qwen2_5_VLProcessor")
+@component("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
 def qwen_vl_processor() -> PictureProcessor:
     pictures = Qwen2VLImageProcessorPil(
         patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 1024}
@@ -153,35 +166,73 @@ def qwen3_for_causal_lm() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(Qwen3Config(**language_settings()))
 
 
+def _vision_tokens() -> dict[str, int]:
+    token = qwen_vocabulary()
+    return {
+        "image_token_id": token["<|image_pad|>"],
+        "video_token_id": token["<|video_pad|>"],
+        "vision_start_token_id": token["<|vision_start|>"],
+        "vision_end_token_id": token["<|vision_end|>"],
+    }
+
+
+def _vision_settings(**kwargs) -> dict:
+    return {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": WIDTH,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        **kwargs,
+    }
+
+
+def _multimodal_settings() -> dict:
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}
+    return language_settings(rope_parameters=rope)
+
+
+def _qwen_vl_config() -> Qwen2_5_VLConfig:
+    return Qwen2_5_VLConfig(
+        text_config=_multimodal_settings(),
+        vision_config=_vision_settings(window_size=16, fullatt_block_indexes=[0]),
+        **_vision_tokens(),
+    )
+
+
 @component("Qwen2_5_VLForConditionalGeneration")
 def qwen_vl() -> Qwen2_5_VLForConditionalGeneration:
-    token = qwen_vocabulary()
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}
-    config = Qwen2_5_VLConfig(
-        text_config={**language_settings(), "rope_parameters": rope},
-        vision_config={
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": WIDTH,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 16,
-            "fullatt_block_indexes": [0],
-        },
-        image_token_id=token["<|image_pad|>"],
-        video_token_id=token["<|video_pad|>"],
-        vision_start_token_id=token["<|vision_start|>"],
-        vision_end_token_id=token["<|vision_end|>"],
+    return Qwen2_5_VLForConditionalGeneration(_qwen_vl_config())
+
+
+@component("Qwen2_5_VLTextModel")
+def qwen_vl_text_model() -> Qwen2_5_VLTextModel:
+    return Qwen2_5_VLTextModel(_qwen_vl_config().text_config)
+
+
+def _qwen3_vl_config() -> Qwen3VLConfig:
+    return Qwen3VLConfig(
+        text_config=_multimodal_settings(),
+        vision_config=_vision_settings(num_position_embeddings=64, deepstack_visual_indexes=[0]),
+        **_vision_tokens(),
     )
-    return Qwen2_5_VLForConditionalGeneration(config)
 
 
-@component("Mistral3ForConditionalGeneration")
-def mistral3() -> Mistral3ForConditionalGeneration:
-    config = Mistral3Config(
+@component("Qwen3VLForConditionalGeneration")
+def qwen3_vl() -> Qwen3VLForConditionalGeneration:
+    return Qwen3VLForConditionalGeneration(_qwen3_vl_config())
+
+
+@component("Qwen3VLModel")
+def qwen3_vl_model() -> Qwen3VLModel:
+    return Qwen3VLModel(_qwen3_vl_config())
+
+
+def _mistral3_config() -> Mistral3Config:
+    return Mistral3Config(
         text_config={"model_type": "mistral", **language_settings()},
         vision_config={
             "model_type": "pixtral",
@@ -195,4 +246,13 @@ def mistral3() -> Mistral3ForConditionalGeneration:
         },
         image_token_index=qwen_vocabulary()["<|image_pad|>"],
     )
-    return Mistral3ForConditionalGeneration(config)
+
+
+@component("Mistral3ForConditionalGeneration")
+def mistral3() -> Mistral3ForConditionalGeneration:
+    return Mistral3ForConditionalGeneration(_mistral3_config())
+
+
+@component("Mistral3Model")
+def mistral3_model() -> Mistral3Model:
+    return Mistral3Model(_mistral3_config())
