@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -52,4 +53,7 @@ class PipelineHooks:
 
     def images(self, output: Any) -> torch.Tensor:
         """The images `(B, 3, H, W)` or videos `(B, F, 3, H, W)`, in [0, 1], from what the call returned."""
-        return output[0]
+        images = output[0]
+        if isinstance(images, np.ndarray):  # of older pipelines, channels last
+            return torch.from_numpy(images).movedim(-1, -3)
+        return images

@@ -58,7 +58,7 @@ class Networks:
     Args:
         denoisers (`Mapping[str, torch.nn.Module]`): Those that answer, by attribute of the pipeline.
         dtypes (`Mapping[str, torch.dtype]`): What the pipeline takes their dtype for: the one it was loaded in.
-        absent (`frozenset[str]`): Components that are off the device; a replay needs none of them.
+        absent (`Mapping[str, torch.device]`): Components that are off the device, and which one they belong to; a replay needs none of them.
         memo ([`PromptMemo`], *optional*): Stands in for `encode_prompt`. `None`: text encoders train, or there is no such method.
         encode_prompt (`Callable`, *optional*): The pipeline's own, where gradients are to reach the text encoders.
         hooks ([`PipelineHooks`]): How the pipeline is entered.
@@ -66,7 +66,7 @@ class Networks:
 
     denoisers: Mapping[str, torch.nn.Module]
     dtypes: Mapping[str, torch.dtype]
-    absent: frozenset[str]
+    absent: Mapping[str, torch.device]
     memo: PromptMemo | None
     encode_prompt: Callable[..., Any] | None
     hooks: PipelineHooks
@@ -87,10 +87,17 @@ class Proxy:
     A plain object, not a module and not a patched `forward`, so that compilation, hooks and sharding of the component are left alone.
     """
 
-    def __init__(self, component: torch.nn.Module, answer: Callable[..., Any], dtype: torch.dtype):
+    def __init__(
+        self, component: torch.nn.Module, answer: Callable[..., Any], dtype: torch.dtype, device: torch.device
+    ):
         self._component = component
         self._answer = answer
         self.dtype = dtype
+        self.device = device
+
+    @property
+    def __class__(self) -> type:
+        return type(self._component)  # pipelines ask `isinstance`
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._answer(args, kwargs)
@@ -121,9 +128,9 @@ def intercepted(pipe: DiffusionPipeline, answers: Answers, networks: Networks) -
         # it turns images black, and a black image would be rewarded as the policy's own
         swapped["safety_checker"] = None
     for name, module in networks.denoisers.items():
-        swapped[name] = Proxy(module, _denoise_as(answers, name), networks.dtypes[name])
-    for name in networks.absent:
-        swapped[name] = Proxy(getattr(pipe, name), _absent(name), getattr(pipe, name).dtype)
+        swapped[name] = Proxy(module, _denoise_as(answers, name), networks.dtypes[name], module.device)
+    for name, device in networks.absent.items():
+        swapped[name] = Proxy(getattr(pipe, name), _absent(name), getattr(pipe, name).dtype, device)
     if networks.memo is not None or networks.encode_prompt is not None:
         swapped["encode_prompt"] = lambda *args, **kwargs: answers.encode_prompt(args, kwargs)
 

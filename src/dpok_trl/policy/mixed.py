@@ -33,8 +33,9 @@ class MixedReplayer(Replayer):
         samples: Sequence[int],
         each: Sequence[int],
         reduction: Reduction,
+        generators: Sequence[torch.Generator],
     ):
-        super().__init__(networks, trajectory, samples, [LOOP_STEP], reduction, verify=False)
+        super().__init__(networks, trajectory, samples, [LOOP_STEP], reduction, False, generators)
         self.each = torch.tensor(each)
         self._pairs = list(zip(samples, each, strict=True))
 

@@ -26,7 +26,13 @@ from dpok_trl.policy.memo import PromptMemo
 from dpok_trl.policy.mixed import MixedReplayer
 from dpok_trl.policy.recorder import Recorder
 from dpok_trl.policy.replayer import ReplayedStep, Replayer
-from dpok_trl.policy.schedulers import make_transition, read_grid, scheduler_note
+from dpok_trl.policy.schedulers import (
+    make_transition,
+    policy_scheduler,
+    read_grid,
+    refuse_scheduler,
+    scheduler_note,
+)
 from dpok_trl.policy.tuning import Tuned
 
 
@@ -70,7 +76,7 @@ class Policy(nn.Module):
 
     Raises:
         [`UnsupportedPipelineError`]: No denoiser, or a combined pipeline; at a rollout, a cache hook.
-        [`UnsupportedSchedulerError`]: At the first rollout, for a scheduler whose steps are no Gaussian Markov transitions.
+        [`UnsupportedSchedulerError`]: For a scheduler whose steps are no Gaussian Markov transitions.
     """
 
     def __init__(
@@ -97,11 +103,14 @@ class Policy(nn.Module):
         self.kind, self.eta, self.noise_level, self.min_std = kind, eta, noise_level, min_std
         self.log_prob_reduction: Reduction = log_prob_reduction
         self.fp32_latents = fp32_latents
-        self.offloaded: frozenset[str] = frozenset()  # components that are off the device
+        self.offloaded: dict[
+            str, torch.device
+        ] = {}  # components that are off the device, and which one they belong to
         encode_prompt = getattr(pipe, "encode_prompt", None)
         self.memo = PromptMemo(encode_prompt) if encode_prompt is not None and not self.tuned.text_encoders else None
         self._in_reference = False
         self.networks.eval()
+        refuse_scheduler(policy_scheduler(pipe.scheduler))
         if note := scheduler_note(pipe.scheduler):
             logger.warning("%s", note)
         if getattr(pipe, "safety_checker", None) is not None:
@@ -242,22 +251,23 @@ class Policy(nn.Module):
                 "with the scheduler that is there now, or put the other one back."
             )
         rows = range(len(trajectory)) if samples is None else samples
-        if each is not None and len(steps) > 1:
-            replayer = MixedReplayer(self._networks(), trajectory, rows, each, self.log_prob_reduction)
-        else:
-            whole = tuple(rows) == tuple(range(len(trajectory)))
-            replayer = Replayer(
-                self._networks(), trajectory, None if whole else samples, steps, self.log_prob_reduction, verify
-            )
         generators = _generators([trajectory.seeds[row] for row in rows], trajectory.recording.device)
         prompts = [trajectory.prompts[row] for row in rows]
         arguments = {name: [values[row] for row in rows] for name, values in trajectory.arguments.items()}
-        call_pipeline(
-            self.pipe,
-            replayer,
-            self._networks(),
-            {**self._call_kwargs(prompts, generators, arguments), "output_type": "latent"},
-        )
+        networks, reduction = self._networks(), self.log_prob_reduction
+        if each is not None and len(steps) > 1:
+            replayer = MixedReplayer(networks, trajectory, rows, each, reduction, generators)
+        else:
+            some = None if tuple(rows) == tuple(range(len(trajectory))) else rows
+            replayer = Replayer(networks, trajectory, some, steps, reduction, verify, generators)
+        call = {**self._call_kwargs(prompts, generators, arguments), "output_type": "latent"}
+        try:
+            call_pipeline(self.pipe, replayer, networks, call)
+        except (AttributeError, KeyError) as error:
+            raise ReplayError(
+                f"{type(self.pipe).__name__} fails in a replay and not in the rollout ({type(error).__name__}: {error}): it looks inside the network, at attention "
+                "maps for instance, and in a replay the network runs on the selected steps only. Use the family's plain pipeline."
+            ) from error
         return [replayer.outputs[step] for step in sorted(replayer.outputs)]
 
     @torch.no_grad()

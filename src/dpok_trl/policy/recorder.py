@@ -31,6 +31,7 @@ class Recording:
         templates (`list[list]`): For each step and each call of a denoiser in it, the shape of the output.
         encoded (`list`): For each call of `encode_prompt`, its record; `None` for one that was passed on.
         fp32_latents (`bool`): Latents are fp32 between the steps, whatever the pipeline's dtype.
+        generator_states (`list[list[torch.Tensor]]`): Of each sample after each step, where the pipeline itself draws between the steps; else empty.
     """
 
     device: torch.device
@@ -41,6 +42,7 @@ class Recording:
     templates: list[list[Any]]
     encoded: list[Encoded | None]
     fp32_latents: bool
+    generator_states: list[list[torch.Tensor]]
 
     def distribution(
         self, model_output: torch.Tensor, sample: torch.Tensor, step: int | torch.Tensor
@@ -83,6 +85,8 @@ class Recorder:
         self._encoded: list[Encoded | None] = []
         self._calls: list[Any] = []  # the denoiser calls of the step in progress
         self._timesteps: list[Any] = []
+        self._generator_states: list[list[torch.Tensor]] = []
+        self._draws_between_steps = False
         self._returned: tuple[torch.Tensor, int] | None = (
             None  # the last returned latents, and how often they were written to
         )
@@ -107,7 +111,14 @@ class Recorder:
     def step(self, scheduler: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> Any:
         if not self._timesteps:
             self._begin(scheduler, timestep)
+        elif not self._draws_between_steps:
+            self._draws_between_steps = not _equal(self._generator_states[-1], self._states_of_generators())
         index = len(self._timesteps)
+        if len(sample) != len(self.generators):
+            raise UnsupportedPipelineError(
+                f"the latents have {len(sample)} rows for {len(self.generators)} prompts: the pipeline gives `scheduler.step` several rows of one sample (frames of a "
+                "video, windows of a panorama), whose order is not known."
+            )
         if index == len(self.recording.grid):
             raise UnsupportedPipelineError(
                 f"the pipeline calls `scheduler.step` more often than its scheduler has timesteps ({len(self.recording.grid)}): it repeats steps, or gives "
@@ -129,7 +140,11 @@ class Recorder:
         if self.casts is not None:
             next_sample = self.casts.latents(index, index == len(self.recording.grid) - 1, sample, next_sample)
         self._returned = (next_sample, next_sample._version)
+        self._generator_states.append(self._states_of_generators())
         return next_sample, x0
+
+    def _states_of_generators(self) -> list[torch.Tensor]:
+        return [generator.get_state() for generator in self.generators]
 
     def _begin(self, scheduler: Any, timestep: Any) -> None:
         begin = _begin_index(scheduler, timestep)
@@ -143,6 +158,7 @@ class Recorder:
             templates=self._templates,
             encoded=self._encoded,
             fp32_latents=self.casts is not None,
+            generator_states=self._generator_states,
         )
 
     def _state(self, sample: torch.Tensor) -> torch.Tensor:
@@ -161,6 +177,8 @@ class Recorder:
             [`UnsupportedPipelineError`]: If the pipeline did not walk its scheduler's grid in order.
         """
         self.latents.append(self.next_latents[-1])
+        if not self._draws_between_steps:
+            self._generator_states.clear()  # a replay then need not draw in order
         visited = torch.stack([torch.as_tensor(t).flatten()[0].double().cpu() for t in self._timesteps])
         grid = self.recording.grid.timesteps
         # the nearest one, since a pipeline may round the timestep to its own dtype
@@ -170,6 +188,10 @@ class Recorder:
                 f"the pipeline gives `scheduler.step` the timesteps {_shortened(visited)}, and those of its scheduler are {_shortened(grid)}. A policy needs "
                 "the steps of the scheduler, each once and in order."
             )
+
+
+def _equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 def _shortened(timesteps: torch.Tensor) -> str:

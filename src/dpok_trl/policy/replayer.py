@@ -48,7 +48,9 @@ class Replayer:
         steps: Sequence[int],
         reduction: Reduction,
         verify: bool,
+        generators: Sequence[torch.Generator],
     ):
+        self.generators = generators
         self.networks = networks
         self.trajectory = trajectory
         self.recording: Recording = trajectory.recording
@@ -124,6 +126,10 @@ class Replayer:
         self._step_index += 1
         self._call_index = 0
         advance(scheduler, self.recording.begin + index)
+        if self.recording.generator_states:  # the pipeline draws between the steps, after our noise
+            states = self.recording.generator_states[index]
+            for generator, sample_index in zip(self.generators, self.samples or range(self.num_samples), strict=True):
+                generator.set_state(states[sample_index])
         action = self.action(index)
         if index in self.steps:
             self._check(index, model_output, sample)

@@ -114,13 +114,22 @@ def read_grid(scheduler: diffusers.SchedulerMixin) -> SchedulerGrid:
             its variance or thresholds dynamically, or if the class is unknown. The message names one that works.
         ValueError: If `set_timesteps` has not been called, or the grid is not one of denoising.
     """
+    return _reader_of(scheduler)(scheduler)
+
+
+def refuse_scheduler(scheduler: diffusers.SchedulerMixin) -> None:
+    """Raises [`UnsupportedSchedulerError`] for a scheduler that [`read_grid`] refuses whatever its timesteps."""
+    _reader_of(scheduler)
+
+
+def _reader_of(scheduler: diffusers.SchedulerMixin) -> Callable[[diffusers.SchedulerMixin], SchedulerGrid]:
     for refused, advice in _NOT_MARKOV.items():
         if _is_a(scheduler, refused):
             _refuse(scheduler, "a step of it is not a function of the current latents alone (not Markov)", advice)
     for readable, reader in _READERS.items():
         if _is_a(scheduler, readable):
             _refuse_options(scheduler)
-            return reader(scheduler)
+            return reader
     advice = _ADVICE_FLOW if "Flow" in type(scheduler).__name__ else _ADVICE_VP
     _refuse(scheduler, "its grid is not one this package can read", advice)
 

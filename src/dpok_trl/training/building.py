@@ -92,7 +92,7 @@ def encoders_off_the_device(policy: Policy, offload: bool) -> Iterator[None]:
         if offload and name.startswith("text_encoder") and isinstance(component, torch.nn.Module)
     }
     device = pipe._execution_device
-    policy.offloaded = frozenset(encoders)
+    policy.offloaded = dict.fromkeys(encoders, device)
     try:
         for encoder in encoders.values():
             encoder.to("cpu")
@@ -100,7 +100,7 @@ def encoders_off_the_device(policy: Policy, offload: bool) -> Iterator[None]:
     finally:
         for encoder in encoders.values():
             encoder.to(device)
-        policy.offloaded = frozenset()
+        policy.offloaded = {}
 
 
 @contextmanager
