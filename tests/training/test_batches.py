@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dpok_trl.core.gaussian import Gaussian
 from dpok_trl.training.batches import TrainingBatch, cut_batches, plan_updates
 
 
@@ -22,7 +23,7 @@ def batches(count: int, steps: tuple[int, ...] = (0, 1, 2, 3)) -> list[TrainingB
 
 
 def plan(count=6, steps=(0, 1, 2, 3), *, fraction=1.0, accumulation=1, per_update=None, seed=0):
-    """The plan as (batch number, step) pairs."""
+    """The plan as (batch number, step) pairs; the batches have one sample each."""
     updates = plan_updates(
         batches(count, steps),
         timestep_fraction=fraction,
@@ -30,7 +31,7 @@ def plan(count=6, steps=(0, 1, 2, 3), *, fraction=1.0, accumulation=1, per_updat
         timesteps_per_update=per_update,
         random=np.random.default_rng(seed),
     )
-    return [[(batch.trajectory.number, step) for batch, step in update] for update in updates]
+    return [[(batch.trajectory.number, step) for batch, (step,) in update] for update in updates]
 
 
 def test_sampling_batches_are_cut_with_their_advantages():
@@ -70,6 +71,62 @@ def test_a_fraction_takes_each_step_equally_often():
     for step in range(4):  # 200 expected, standard deviation 10
         assert 150 < taken[step] < 250
     assert all(len({step for _, step in update}) == 2 for update in updates)
+
+
+def test_all_samples_of_a_batch_are_at_one_step():
+    (batch,) = batches(1)
+    batch.samples = (4, 5, 6)
+    (update,) = plan_updates(
+        [batch], timestep_fraction=1.0, accumulation=1, timesteps_per_update=None, random=np.random.default_rng(0)
+    )
+    assert sorted(steps for _, steps in update) == [(step,) * 3 for step in range(4)]
+
+
+@pytest.mark.parametrize("per_update", [None, 1, 3])
+def test_mixed_every_sample_is_at_every_step_once_and_at_a_step_of_its_own(per_update):
+    both = batches(2, steps=(0, 2, 3, 5, 6))
+    both[0].samples, both[1].samples = (0, 1, 2), (3, 4, 5)
+    updates = plan_updates(
+        both,
+        timestep_fraction=1.0,
+        accumulation=2,
+        timesteps_per_update=per_update,
+        random=np.random.default_rng(0),
+        mixed=True,
+    )
+    passes = [(batch, steps) for update in updates for batch, steps in update]
+    assert len(passes) == 2 * 5  # as many forward passes as without mixing
+    pairs = Counter(pair for batch, steps in passes for pair in zip(batch.samples, steps, strict=True))
+    assert pairs == {(sample, step): 1 for sample in range(6) for step in (0, 2, 3, 5, 6)}
+    assert sum(len(set(steps)) > 1 for _, steps in passes) >= 8
+
+
+def test_mixed_a_fraction_is_drawn_for_each_sample():
+    many = batches(1, steps=tuple(range(8)))
+    many[0].samples = tuple(range(50))
+    (update,) = plan_updates(
+        many, timestep_fraction=0.5, accumulation=1, timesteps_per_update=None, random=np.random.default_rng(0), mixed=True
+    )  # fmt: skip
+    assert len(update) == 4
+    of_each = list(zip(*(steps for _, steps in update), strict=True))
+    assert all(len(set(steps)) == 4 for steps in of_each)
+    assert len({frozenset(steps) for steps in of_each}) > 25  # of 70
+
+
+def test_transitions_take_each_samples_reference_at_its_own_step():
+    trajectory = SimpleNamespace(transitions=lambda samples, steps, advantages, reference: (steps, reference))
+    means = {step: torch.arange(6.0).reshape(3, 2) + 10 * step for step in (0, 1, 2)}
+    references = {step: Gaussian(mean, torch.full((3,), 1.0 + step)) for step, mean in means.items()}
+    batch = TrainingBatch(trajectory, (0, 1, 2), torch.zeros(3), references)
+    _, same = batch.transitions((1, 1, 1))
+    assert same is references[1]
+    _, own = batch.transitions((2, 0, 1))
+    assert own.mean.tolist() == [[20, 21], [2, 3], [14, 15]]
+    assert own.std.tolist() == [3, 1, 2]
+    batch.references = means  # the model's outputs, with kl_type = "noise"
+    assert batch.transitions((2, 0, 1))[1].tolist() == [[20, 21], [2, 3], [14, 15]]
+    batch.references = {}
+    assert batch.transitions((2, 0, 1))[1] is None
 
 
 def test_only_actions_are_taken():

@@ -116,6 +116,10 @@ FLAGS = {
     "num_checkpoint_limit": "1",
     "mixed_precision": "bf16",
     "allow_tf32": "False",
+    "model_dtype": "bf16",
+    "torch_compile": "True",
+    "torch_compile_backend": "eager",
+    "torch_compile_mode": "max-autotune-no-cudagraphs",
     "resume_from": "runs/rabbit",
     "sample_grid_freq": "0",
     "sample_num_steps": "8",
@@ -127,8 +131,18 @@ FLAGS = {
     "sample_transition": "cps",
     "sample_noise_level": "0.9",
     "sample_min_std": "0.01",
+    "sample_fp32_latents": "True",
+    "sample_sde_window_size": "5",
+    "sample_sde_window_schedule": "random",
+    "sample_sde_window_start": "3",
+    "sample_sde_window_interval": "7",
+    "sample_vae_slicing": "True",
+    "sample_vae_tiling": "True",
+    "sample_offload_encoders": "True",
+    "sample_call_columns": "image mask_image",
     "sample_call_kwargs": '{"height": 512, "width": 256}',
     "negative_prompts": "blurry",
+    "reward_offload": "True",
     "async_reward_computation": "True",
     "max_workers": "3",
     "per_prompt_stat_tracking": "True",
@@ -154,8 +168,11 @@ FLAGS = {
     "train_clip_range": "1e-3",
     "train_log_prob_reduction": "sum",
     "train_timestep_fraction": "0.5",
+    "train_mixed_timesteps": "True",
     "train_reanchor": "True",
     "train_gradient_checkpointing": "True",
+    "train_use_lora": "False",
+    "train_text_encoder": "True",
     "train_lora_rank": "8",
     "train_lora_alpha": "16",
     "kl_weight": "0.1",
@@ -166,6 +183,12 @@ FLAGS = {
 }
 # What a field needs beside it to be valid.
 WITH = {
+    "torch_compile_backend": {"torch_compile": "True"},
+    "torch_compile_mode": {"torch_compile": "True"},
+    "sample_sde_window_schedule": {"sample_sde_window_size": "5"},
+    "sample_sde_window_start": {"sample_sde_window_size": "5"},
+    "sample_sde_window_interval": {"sample_sde_window_size": "5"},
+    "train_mixed_timesteps": {"train_batch_size": "2", "sample_batch_size": "2"},
     "train_adv_type": {"sample_num_images_per_prompt": "2", "sample_batch_size": "2"},
     "sample_num_images_per_prompt": {"sample_batch_size": "4"},
     "train_batch_size": {"sample_batch_size": "4"},
@@ -180,13 +203,18 @@ def read(name: str, text: str):
     if dict in kinds:
         return json.loads(text)
     (kind,) = kinds - {type(None)}
+    if typing.get_origin(kind) is list:
+        return text.split()
     return text == "True" if kind is bool else kind(text)
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(DPOKConfig)])
 def test_every_field_is_read_from_a_flag(name):
     flags = {**WITH.get(name, {}), name: FLAGS[name]}
-    config = parse(*(part for key, value in flags.items() for part in (f"--{key}", value)))
+    lists = {key for key in flags if isinstance(read(key, flags[key]), list)}
+    config = parse(
+        *(part for key, value in flags.items() for part in (f"--{key}", *(value.split() if key in lists else [value])))
+    )
     assert getattr(config, name) == read(name, FLAGS[name])
 
 
