@@ -6,7 +6,7 @@
 A class passes if (1) `check_pipeline` replays every stochastic step with exactly the log-probability of the rollout, (2) every denoiser gets a
 gradient, and (3) the rollout is the pipeline's own: against a call of the untouched pipeline with its own scheduler, every input of every call
 of every denoiser agrees, and so do the images. For (3) the noise of the policy is taken to its limit 0 where the scheduler is deterministic;
-schedulers that draw noise are compared at the noise they draw.
+schedulers that draw noise are compared at the noise they draw, and so are, a second time, deterministic ones that have a noisy form.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from dpok_trl import check_pipeline
 from dpok_trl.policy.hooks import PipelineHooks
 from dpok_trl.policy.policy import Policy
 from dpok_trl.policy.schedulers import policy_scheduler
-from dpok_trl.policy.tuning import tune
+from dpok_trl.policy.tuning import Tuned, tune
 
 
 TIME_LIMIT = 120  # seconds for a class
@@ -94,7 +94,7 @@ class Row:
 def exported_pipelines() -> dict[str, type[DiffusionPipeline]]:
     """Every subclass of `DiffusionPipeline` that `import diffusers` exports, by name."""
     found = {}
-    for name in sorted(name for name in dir(diffusers) if "Pipeline" in name):
+    for name in sorted(dir(diffusers)):
         value = getattr(diffusers, name)
         if inspect.isclass(value) and issubclass(value, DiffusionPipeline) and value is not DiffusionPipeline:
             found[name] = value
@@ -162,9 +162,9 @@ def batch_that_runs(pipe: DiffusionPipeline) -> tuple[str, ...]:
     return PROMPTS
 
 
-def call_untouched(pipe: DiffusionPipeline, prompts: tuple[str, ...]) -> tuple[Any, list[float]]:
+def call_untouched(pipe: DiffusionPipeline, prompts: tuple[str, ...], **more: Any) -> tuple[Any, list[float]]:
     """What `pipe` returns, with a generator for each sample, and the timesteps that it visits."""
-    arguments = call_arguments(pipe)
+    arguments = {**call_arguments(pipe), **more}
     # What the policy gives each sample of its own: the negative prompt, and the picture that it starts from.
     if isinstance(arguments.get("negative_prompt"), str):
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
@@ -181,18 +181,31 @@ def call_untouched(pipe: DiffusionPipeline, prompts: tuple[str, ...]) -> tuple[A
 
 def compare_with_untouched(pipe: DiffusionPipeline, prompts: tuple[str, ...]) -> tuple[str, float]:
     """The policy against the pipeline itself: what is wrong ("" if nothing), and the largest difference found."""
+    tuned = tune(pipe, PipelineHooks().denoisers(pipe))
     kind = drawn_noise(pipe.scheduler)
-    policy = Policy(
-        pipe,
-        tune(pipe, PipelineHooks().denoisers(pipe)),
-        call_kwargs=call_arguments(pipe),
-        kind=kind or "ancestral",
-        eta=1.0 if kind else VANISHING,
-    )
+    policy = _policy(pipe, tuned, kind)
+    problems, path = _compare(policy, prompts)
+    problems += denoisers_without_gradient(policy, prompts)
+    if kind is None and (noisy := with_noise(pipe)):
+        scheduler, kind, more = noisy
+        own, pipe.scheduler = pipe.scheduler, scheduler
+        with_noise_problems, with_noise_path = _compare(_policy(pipe, tuned, kind), prompts, **more)
+        pipe.scheduler = own
+        problems += [f"with {type(scheduler).__name__} that draws noise, {problem}" for problem in with_noise_problems]
+        path = max(path, with_noise_path)
+    return "; ".join(problems), path
+
+
+def _policy(pipe: DiffusionPipeline, tuned: Tuned, kind: str | None) -> Policy:
+    eta = 1.0 if kind else VANISHING
+    return Policy(pipe, tuned, call_kwargs=call_arguments(pipe), kind=kind or "ancestral", eta=eta)
+
+
+def _compare(policy: Policy, prompts: tuple[str, ...], **more: Any) -> tuple[list[str], float]:
     with recorded_calls(policy.networks) as ours:
         trajectory = policy.rollout(prompts, seeds=list(range(len(prompts))))
     with recorded_calls(policy.networks) as theirs:
-        output, timesteps = call_untouched(pipe, prompts)
+        output, timesteps = call_untouched(policy.pipe, prompts, **more)
 
     problems = []
     visited = trajectory.recording.grid.timesteps
@@ -206,8 +219,19 @@ def compare_with_untouched(pipe: DiffusionPipeline, prompts: tuple[str, ...]) ->
     path = max(largest_difference(ours, theirs), largest_difference(trajectory.images, as_images(output)))
     if not path <= SAME_PATH:
         problems.append(f"the rollout differs by {path:.3g} from the untouched pipeline")
-    problems += denoisers_without_gradient(policy, trajectory)
-    return "; ".join(problems), path
+    return problems, path
+
+
+def with_noise(pipe: DiffusionPipeline) -> tuple[Any, str, dict[str, Any]] | None:
+    """For a deterministic scheduler: one that draws noise, the policy's transition that draws the same, and arguments of the call for it."""
+    name, config = type(pipe.scheduler).__name__, pipe.scheduler.config
+    if name == "DDIMScheduler" and "eta" in inspect.signature(type(pipe).__call__).parameters:
+        return pipe.scheduler, "ancestral", {"eta": 1.0}
+    if name == "EulerDiscreteScheduler" and config.prediction_type != "sample":  # which its noisy form does not know
+        return diffusers.EulerAncestralDiscreteScheduler.from_config(config), "ancestral", {}
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return type(pipe.scheduler).from_config(config, stochastic_sampling=True), "cps", {}
+    return None
 
 
 def drawn_noise(scheduler: Any) -> str | None:
@@ -238,7 +262,8 @@ def first_order(pipe: DiffusionPipeline) -> Iterator[None]:
         pipe.scheduler = own
 
 
-def denoisers_without_gradient(policy: Policy, trajectory: Any) -> list[str]:
+def denoisers_without_gradient(policy: Policy, prompts: tuple[str, ...]) -> list[str]:
+    trajectory = policy.rollout(prompts, seeds=list(range(len(prompts))))
     for step in trajectory.steps:
         (replayed,) = policy(trajectory, steps=[step])
         replayed.log_prob.sum().backward()
@@ -353,7 +378,6 @@ def _examine_in_time(name: str) -> Row:
     warnings.simplefilter("ignore")
     diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
     logging.getLogger("dpok_trl").setLevel(logging.ERROR)
-    pipeline_class = exported_pipelines()[name]
 
     def out_of_time(*_: Any) -> None:
         raise TimeoutError(f"longer than {TIME_LIMIT} s")
@@ -361,7 +385,7 @@ def _examine_in_time(name: str) -> Row:
     signal.signal(signal.SIGALRM, out_of_time)
     signal.alarm(TIME_LIMIT)
     try:
-        row = examine(pipeline_class)
+        row = examine(getattr(diffusers, name))
     finally:
         signal.alarm(0)
     print(f"{row.name}: {row.verdict}{': ' if row.detail else ''}{row.detail}", file=sys.stderr, flush=True)
@@ -396,11 +420,11 @@ def table(rows: list[Row], command: str) -> str:
         heading = group if group == "Without a prompt" else f"{group}: {passing} of {len(members)}"
         text += ["", f"## {heading}", "", meaning, ""]
         text += ["| Pipeline | verdict | scheduler | ratio | path |", "|---|---|---|---|---|"]
-        text += [_line(row) for row in sorted(members, key=lambda row: row.name)]
+        text += [line(row) for row in sorted(members, key=lambda row: row.name)]
     return "\n".join(text) + "\n"
 
 
-def _line(row: Row) -> str:
+def line(row: Row) -> str:
     verdict = f"**{row.verdict}**" if row.verdict == PASSES else row.verdict
     if row.detail:
         verdict += ": " + " ".join(row.detail.split()).replace("|", "\\|")

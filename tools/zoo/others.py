@@ -286,6 +286,7 @@ SPECIAL.update(
         "AmusedImg2Img*": {"image": picture(), "strength": 0.75},
         "AmusedInpaint*": {"image": picture(), "mask_image": picture(1, mode="L"), "strength": 0.75},
         "VersatileDiffusionDualGuided*": {"image": [picture(), picture(1)]},
+        "Flux2KleinKV*": {"image": picture(size=64)},  # what its cache is for
         "FluxKontext*": {"image": picture(), "max_area": 16 * 16, "_auto_resize": False},
         "FluxKontextInpaint*": {"mask_image": picture(1, mode="L")},
     }
