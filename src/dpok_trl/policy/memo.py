@@ -17,6 +17,7 @@ import torch
 
 LIST = "list"  # the batch is the length of a list
 NOTHING = "nothing"  # `None` stood there
+NO_ROWS = "no rows"
 
 # Bounds the memory of a run over a long list of prompts: an embedding takes 0.3 MB with CLIP alone, and up to 11 MB with a T5.
 MAX_CACHED_PROMPTS = 128
@@ -25,17 +26,19 @@ MAX_CACHED_PROMPTS = 128
 def batch_axes(some: Any, twice: Any, rows: int = 1) -> Any:
     """Where the batch lies in a nested output, from the outputs for `rows` rows and for twice as many.
 
-    Returns the same nesting with, for each leaf, the batch dimension (`int`), `LIST`, `NOTHING`, or `None` for what does not depend on the batch.
+    Returns the same nesting with, for each leaf, the batch dimension (`int`), `LIST`, `NOTHING`, or `None` for what does not depend on the batch; for
+    the whole `NO_ROWS`, if a part of it depends on the batch in another way.
     """
     if isinstance(some, torch.Tensor):
         axes = [dim for dim in range(some.ndim) if some.shape[dim] == rows and twice.shape[dim] == 2 * rows]
         if not axes and some.shape != twice.shape:
-            raise ValueError(f"no batch dimension in outputs of shape {tuple(some.shape)} and {tuple(twice.shape)}")
+            return NO_ROWS
         return axes[0] if axes else None
     if isinstance(some, (list, tuple)):
         if len(some) != len(twice):
             return LIST
-        return type(some)(batch_axes(a, b, rows) for a, b in zip(some, twice, strict=True))
+        axes = [batch_axes(a, b, rows) for a, b in zip(some, twice, strict=True)]
+        return NO_ROWS if NO_ROWS in axes else type(some)(axes)
     return NOTHING if some is None else None
 
 
@@ -101,7 +104,8 @@ def _has_lists(axes: Any) -> bool:
 class PromptMemo:
     """Stands in for `pipe.encode_prompt` and encodes each distinct prompt once, however many images are drawn for it.
 
-    Calls that hand over anything but text (ready-made embeddings, images) are passed on unchanged and not remembered.
+    Calls that hand over anything but text (ready-made embeddings, images), and those whose output has no rows that could be told apart (cumulative
+    lengths), are passed on unchanged and not remembered.
     """
 
     def __init__(self, encode_prompt: Callable[..., Any]):
@@ -118,19 +122,22 @@ class PromptMemo:
         """Returns what `encode_prompt(*args, **kwargs)` returns, and a record of it (`None` where it was passed on)."""
         arguments = self.signature.bind(*args, **kwargs).arguments
         text = {name: value for name, value in arguments.items() if _is_list_of_text(value)}
-        others = tuple((name, value) for name, value in arguments.items() if name not in text)
+        counts = {"batch_size"} & set(arguments)  # some pipelines say beside the prompts how many they are
+        others = tuple((name, value) for name, value in arguments.items() if name not in text and name not in counts)
         if len({len(value) for value in text.values()}) != 1 or not all(_is_plain(value) for _, value in others):
             return self.encode_prompt(*args, **kwargs), None
 
         def encode(rows: Sequence[tuple[str, ...]]) -> Any:
             columns = dict(zip(text, (list(column) for column in zip(*rows, strict=True)), strict=True))
-            return self.encode_prompt(**{**arguments, **columns})
+            return self.encode_prompt(**{**arguments, **columns, **dict.fromkeys(counts, len(rows))})
 
         samples = list(zip(*text.values(), strict=True))
         distinct = list(dict.fromkeys(samples))
         kind = (tuple(text), others)
         if kind not in self._axes:
             self._axes[kind] = batch_axes(encode(distinct[:1]), encode(distinct[:1] * 2))
+        if self._axes[kind] is NO_ROWS:
+            return self.encode_prompt(*args, **kwargs), None
         position = {row: index for index, row in enumerate(distinct)}
         output, axes = self._encode_missing(distinct, kind, encode)
         record = Encoded(output, axes, tuple(position[s] for s in samples))
