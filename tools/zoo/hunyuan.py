@@ -211,15 +211,15 @@ def clip_of_77_tokens() -> CLIPTextModel:
 
 
 @component("AutoencoderKLHunyuanVideo")
-def hunyuan_video_vae() -> AutoencoderKLHunyuanVideo:
+def hunyuan_video_vae(levels: int = 3) -> AutoencoderKLHunyuanVideo:
     return AutoencoderKLHunyuanVideo(
         latent_channels=CHANNELS,
-        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
-        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
-        block_out_channels=(8, 8, 8),
+        down_block_types=("HunyuanVideoDownBlock3D",) * levels,
+        up_block_types=("HunyuanVideoUpBlock3D",) * levels,
+        block_out_channels=(8,) * levels,
         layers_per_block=1,
         norm_num_groups=4,
-        spatial_compression_ratio=4,
+        spatial_compression_ratio=2 ** (levels - 1),
         temporal_compression_ratio=4,
     )
 
