@@ -23,14 +23,17 @@ PALE_INK = (98, 103, 110)
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """8-bit pictures of a batch.
+    """8-bit pictures of a batch. A video becomes a strip of its first, middle and last frame.
 
     Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`): In [0, 1] (values outside are clipped), or uint8.
+        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for videos): In [0, 1] (values outside are clipped), or uint8.
 
     Raises:
         `ValueError`: For another shape, or where a value is not finite: it would turn black without a word.
     """
+    if images.ndim == 5:
+        last = images.shape[1] - 1
+        images = torch.cat([images[:, frame] for frame in sorted({0, last // 2, last})], dim=-1)
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"pictures need a tensor of shape (B, 3, H, W), got {tuple(images.shape)}")
     images = images.detach().cpu()
