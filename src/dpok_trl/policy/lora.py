@@ -120,7 +120,22 @@ def prepare_adapter(module: nn.Module, config: LoraConfig | None = None) -> str:
         if f".{name}." in parameter_name and "lora_" in parameter_name:
             parameter.requires_grad_(True)
     cast_training_params(module, torch.float32)
+    if config is not None:
+        _measure_magnitudes(module, name)
     return name
+
+
+def _measure_magnitudes(module: nn.Module, name: str) -> None:
+    """DoRA divides its magnitudes by norms that it computes in fp32. Those that peft measured in the dtype of a half-precision base are rounded, and
+    with them the untouched adapter would not be the pretrained model."""
+    for layer in adapter_layers(module):
+        if name in layer.lora_magnitude_vector:
+            layer.lora_magnitude_vector[name].update_layer(
+                base_layer=layer.get_base_layer(),
+                lora_A=layer.lora_A[name].weight,
+                lora_B=layer.lora_B[name].weight,
+                scaling=layer.scaling[name],
+            )
 
 
 def remove_adapter(module: nn.Module) -> None:
