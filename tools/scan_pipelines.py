@@ -5,8 +5,8 @@
 
 A class passes if (1) `check_pipeline` replays every stochastic step with exactly the log-probability of the rollout, (2) every denoiser gets a
 gradient, and (3) the rollout is the pipeline's own: against a call of the untouched pipeline with its own scheduler, every input of every call
-of every denoiser agrees, and so do the images. For (3) the noise of the policy is taken to its limit 0 where the scheduler is deterministic;
-schedulers that draw noise are compared at the noise they draw, and so are, a second time, deterministic ones that have a noisy form.
+of every denoiser agrees, and so do the images. For (3) schedulers that can draw noise are compared at the noise that they draw; for those that
+cannot, the policy's noise is taken to its limit 0, and if they have a noisy form, that one is compared too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from dpok_trl import check_pipeline
 from dpok_trl.policy.hooks import PipelineHooks
 from dpok_trl.policy.policy import Policy
 from dpok_trl.policy.schedulers import policy_scheduler
-from dpok_trl.policy.tuning import Tuned, tune
+from dpok_trl.policy.tuning import tune
 
 
 TIME_LIMIT = 120  # seconds for a class
@@ -129,7 +129,7 @@ def examine(pipeline_class: type[DiffusionPipeline]) -> Row:
     try:
         prompts = batch_that_runs(pipe)
     except Exception as error:  # likewise
-        return Row(name, group, NOT_RUN, scheduler, f"the untouched pipeline raises {_in_words(error)}")
+        return _row_if_untouched_raises(pipe, Row(name, group, NOT_RUN, scheduler), error)
     try:
         report = check_pipeline(pipe, prompts=prompts, **call_arguments(pipe))
         deviation = max((abs(step.ratio - 1.0) for step in report.steps), default=None)
@@ -142,6 +142,15 @@ def examine(pipeline_class: type[DiffusionPipeline]) -> Row:
         return Row(name, group, FAILS, scheduler, problem, deviation, path_deviation)
     note = "" if len(prompts) > 1 else "its call takes one prompt at a time"
     return Row(name, group, PASSES, scheduler, note, deviation, path_deviation)
+
+
+def _row_if_untouched_raises(pipe: DiffusionPipeline, row: Row, error: Exception) -> Row:
+    """What `check_pipeline` refuses before it calls the pipeline is refused; of anything else nothing can be said."""
+    try:
+        report = check_pipeline(pipe, prompts=PROMPTS, **call_arguments(pipe))
+    except Exception:
+        return replace(row, detail=f"the untouched pipeline raises {_in_words(error)}")
+    return replace(row, verdict=FAILS if report.ok or report.steps else REFUSED, detail=report.reason)
 
 
 def _without_scheduler(pipe: DiffusionPipeline, name: str, group: str) -> Row:
@@ -182,23 +191,33 @@ def call_untouched(pipe: DiffusionPipeline, prompts: tuple[str, ...], **more: An
 def compare_with_untouched(pipe: DiffusionPipeline, prompts: tuple[str, ...]) -> tuple[str, float]:
     """The policy against the pipeline itself: what is wrong ("" if nothing), and the largest difference found."""
     tuned = tune(pipe, PipelineHooks().denoisers(pipe))
-    kind = drawn_noise(pipe.scheduler)
-    policy = _policy(pipe, tuned, kind)
-    problems, path = _compare(policy, prompts)
-    problems += denoisers_without_gradient(policy, prompts)
-    if kind is None and (noisy := with_noise(pipe)):
-        scheduler, kind, more = noisy
-        own, pipe.scheduler = pipe.scheduler, scheduler
-        with_noise_problems, with_noise_path = _compare(_policy(pipe, tuned, kind), prompts, **more)
-        pipe.scheduler = own
-        problems += [f"with {type(scheduler).__name__} that draws noise, {problem}" for problem in with_noise_problems]
-        path = max(path, with_noise_path)
-    return "; ".join(problems), path
+    own, problems, paths = pipe.scheduler, [], []
+    for scheduler, kind, more in comparisons(pipe):
+        pipe.scheduler = scheduler
+        eta = 1.0 if kind else VANISHING
+        policy = Policy(pipe, tuned, call_kwargs=call_arguments(pipe), kind=kind or "ancestral", eta=eta)
+        found, path = _compare(policy, prompts, **more)
+        problems += found if scheduler is own else [f"with {type(scheduler).__name__}, {problem}" for problem in found]
+        paths.append(path)
+    pipe.scheduler = own
+    problems += denoisers_without_gradient(Policy(pipe, tuned, call_kwargs=call_arguments(pipe)), prompts)
+    return "; ".join(problems), max(paths)
 
 
-def _policy(pipe: DiffusionPipeline, tuned: Tuned, kind: str | None) -> Policy:
-    eta = 1.0 if kind else VANISHING
-    return Policy(pipe, tuned, call_kwargs=call_arguments(pipe), kind=kind or "ancestral", eta=eta)
+def comparisons(pipe: DiffusionPipeline) -> list[tuple[Any, str | None, dict[str, Any]]]:
+    """Schedulers; for each the policy's transition that draws the same noise, `None` where it draws none; and arguments of the call for it."""
+    own = pipe.scheduler
+    name, config = type(own).__name__, own.config
+    if kind := drawn_noise(own):
+        return [(own, kind, {})]
+    if name == "DDIMScheduler" and "eta" in inspect.signature(type(pipe).__call__).parameters:
+        return [(own, "ancestral", {"eta": 1.0})]
+    deterministic = (own, None, {})
+    if name == "EulerDiscreteScheduler" and config.prediction_type != "sample":  # which its noisy form does not know
+        return [deterministic, (diffusers.EulerAncestralDiscreteScheduler.from_config(config), "ancestral", {})]
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return [deterministic, (type(own).from_config(config, stochastic_sampling=True), "cps", {})]
+    return [deterministic]
 
 
 def _compare(policy: Policy, prompts: tuple[str, ...], **more: Any) -> tuple[list[str], float]:
@@ -220,18 +239,6 @@ def _compare(policy: Policy, prompts: tuple[str, ...], **more: Any) -> tuple[lis
     if not path <= SAME_PATH:
         problems.append(f"the rollout differs by {path:.3g} from the untouched pipeline")
     return problems, path
-
-
-def with_noise(pipe: DiffusionPipeline) -> tuple[Any, str, dict[str, Any]] | None:
-    """For a deterministic scheduler: one that draws noise, the policy's transition that draws the same, and arguments of the call for it."""
-    name, config = type(pipe.scheduler).__name__, pipe.scheduler.config
-    if name == "DDIMScheduler" and "eta" in inspect.signature(type(pipe).__call__).parameters:
-        return pipe.scheduler, "ancestral", {"eta": 1.0}
-    if name == "EulerDiscreteScheduler" and config.prediction_type != "sample":  # which its noisy form does not know
-        return diffusers.EulerAncestralDiscreteScheduler.from_config(config), "ancestral", {}
-    if name == "FlowMatchEulerDiscreteScheduler":
-        return type(pipe.scheduler).from_config(config, stochastic_sampling=True), "cps", {}
-    return None
 
 
 def drawn_noise(scheduler: Any) -> str | None:
