@@ -51,13 +51,14 @@ def test_wrong_arguments_are_refused(capsys, argv, words):
     assert words in capsys.readouterr().err
 
 
-def test_help_imports_nothing_heavy():
+@pytest.mark.parametrize(("name", "option"), [("demo", "--kl-weight"), ("check", "--scheduler")])
+def test_help_imports_nothing_heavy(name, option):
     code = (
-        "import sys\nfrom dpok_trl import cli\ntry: cli.main(['demo', '--help'])\nexcept SystemExit: pass\n"
+        f"import sys\nfrom dpok_trl import cli\ntry: cli.main(['{name}', '--help'])\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'accelerate', 'matplotlib', 'PIL'}\nprint(sorted(heavy & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.endswith("[]\n") and "--kl-weight" in result.stdout and result.stderr == ""
+    assert result.stdout.endswith("[]\n") and option in result.stdout and result.stderr == ""
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -109,7 +109,8 @@ ALLOWED = {
     "results": BELOW_RESULTS | {"results", "version"},
     "training": BELOW_RESULTS | {"results", "training", "version"},
     "demo": BELOW_RESULTS | {"results", "training", "demo", "cli", "version"},
-    "cli": BELOW_RESULTS | {"results", "training", "demo", "cli", "version"},
+    "cli": BELOW_RESULTS | {"results", "training", "demo", "commands", "cli", "version"},
+    "commands": BELOW_RESULTS | {"results", "training", "demo", "cli", "version"},
 }
 
 # layer -> the only other libraries it may import; a layer not named here is free

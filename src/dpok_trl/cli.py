@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dpok_trl import __version__
 
 
-COMMANDS = {"demo": "dpok_trl.demo.command"}
+COMMANDS = {"demo": "dpok_trl.demo.command", "check": "dpok_trl.commands.check"}
 
 USER_ERROR = 2  # argparse's own code for arguments it does not take
 INTERRUPTED = 130  # what a shell reports of a program that ended by Ctrl-C
@@ -24,7 +24,8 @@ MENDABLE = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 2 for a user's error (one line on stderr), 130 after Ctrl-C.
+    """Runs a command and returns its exit code: 0, 1 if what it tested does not hold, 2 for a user's error (one line on stderr), 130 after
+    Ctrl-C.
 
     Args:
         argv (`Sequence[str]`, *optional*): Default: `sys.argv[1:]`.
@@ -44,6 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_ERROR
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dpok-trl",
@@ -59,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
             help=module.HELP,
             description=module.HELP,
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=HelpFormatter,
         )
         module.add_arguments(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")

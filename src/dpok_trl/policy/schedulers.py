@@ -111,10 +111,18 @@ def read_grid(scheduler: diffusers.SchedulerMixin) -> SchedulerGrid:
 
     Raises:
         UnsupportedSchedulerError: If its grid has more than one network call per step (Heun, PNDM ...), if it learns
-            its variance or thresholds dynamically, or if the class is unknown. The message names one that works.
-        ValueError: If `set_timesteps` has not been called, or the grid is not one of denoising.
+            its variance or thresholds dynamically, or if the class is unknown: the message names one that works. If
+            `set_timesteps` has not been called, or the grid is not one of denoising: the message says which setting.
     """
-    return _reader_of(scheduler)(scheduler)
+    reader = _reader_of(scheduler)
+    try:
+        return reader(scheduler)
+    except UnsupportedSchedulerError:
+        raise
+    except ValueError as error:
+        raise UnsupportedSchedulerError(
+            f"{type(scheduler).__name__} cannot be walked as it is set: {error}"
+        ) from error
 
 
 def refuse_scheduler(scheduler: diffusers.SchedulerMixin) -> None:

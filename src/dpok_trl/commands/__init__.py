@@ -1,0 +1,1 @@
+"""The commands of `dpok-trl`, one module each; see `dpok_trl.cli`."""
