@@ -68,7 +68,7 @@ def check_ratio(
                 deviation,
             )
     if reanchor:
-        anchored = replayed_log_probs(policy, batch, with_grad=with_grad)
+        anchored = replayed_log_probs(policy, batch, with_grad=True) if with_grad else replay
         deviation = largest((replayed_log_probs(policy, batch, with_grad=with_grad) - anchored).abs())
     if not deviation <= clip_range / 10:
         what = (

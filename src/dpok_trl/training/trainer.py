@@ -86,6 +86,8 @@ class DPOKTrainer(PublishingMixin):
             raise ValueError(
                 f"reward_offload = True needs a reward that is a torch.nn.Module, given: {reward_name(reward_function)}. Set it to False."
             )
+        if config.reward_offload:
+            reward_function.to("cpu")  # where it is between two rounds of scoring
         self.config = config
         self.reward_fn = reward_function
         self.image_samples_callback = image_samples_hook
