@@ -72,12 +72,15 @@ def make_config(tmp_path):
 
 @pytest.fixture
 def make_trainer(make_config):
-    """`make_trainer(**config)`: the arguments of the trainer itself are reward, prompts, pipe, hook and peft_config."""
+    """`make_trainer(**config)`: the arguments of the trainer itself are reward, prompts, pipe, hook, peft_config and pipeline_hooks."""
 
-    def make(reward=red, prompts=PROMPTS, pipe=None, hook=None, peft_config=None, **kwargs) -> DPOKTrainer:
+    def make(
+        reward=red, prompts=PROMPTS, pipe=None, hook=None, peft_config=None, pipeline_hooks=None, **kwargs
+    ) -> DPOKTrainer:
         _forget()  # a test may make several trainers, of different precision
         pipe = stable_diffusion() if pipe is None else pipe
-        return DPOKTrainer(make_config(**kwargs), reward, prompts, pipe, hook, peft_config=peft_config)
+        own = {"peft_config": peft_config, "pipeline_hooks": pipeline_hooks}
+        return DPOKTrainer(make_config(**kwargs), reward, prompts, pipe, hook, **own)
 
     return make
 
@@ -99,6 +102,23 @@ def watch():
 
         module.register_forward_pre_hook(hook, with_kwargs=True)
         return calls
+
+    return start
+
+
+@pytest.fixture
+def record_to():
+    """Records where a module is sent: the list of the arguments of its `.to`, in order."""
+
+    def start(module: torch.nn.Module) -> list:
+        sent, to = [], module.to
+
+        def recorded(*args, **kwargs):
+            sent.append(torch.device(args[0]) if isinstance(args[0], str) else args[0])
+            return to(*args, **kwargs)
+
+        module.to = recorded
+        return sent
 
     return start
 

@@ -8,6 +8,8 @@ import types
 import accelerate
 import pytest
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from PIL import Image
 from tiny import stable_diffusion, stable_diffusion_3
 
 from dpok_trl import DPOKConfig
@@ -160,6 +162,28 @@ def _allow_tf32(run, monkeypatch):
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+@case("model_dtype")
+def _model_dtype(run, monkeypatch):
+    stable_diffusion().save_pretrained(run.folder / "base")
+
+    def dtypes(**kwargs):
+        pipe = run.make(pipe=run.folder / "base", **kwargs).pipeline
+        return {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)}
+
+    assert dtypes() == {torch.float32}
+    assert dtypes(model_dtype="bf16") == {torch.bfloat16}
+
+
+@case("torch_compile", "torch_compile_backend", "torch_compile_mode")
+def _compile(run, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compiled.append((self, kwargs)))
+    run.make()
+    assert compiled == []
+    trainer = run.make(torch_compile=True, torch_compile_backend="aot_eager", torch_compile_mode="reduce-overhead")
+    assert compiled == [(trainer.pipeline.unet, {"backend": "aot_eager", "mode": "reduce-overhead"})]
+
+
 @case("resume_from")
 def _resume_from(run, monkeypatch):
     first = run.train(num_epochs=1)
@@ -241,6 +265,63 @@ def _min_std(run, monkeypatch):
     assert torch.equal(every.images, some.images)  # sampled all the same
 
 
+@case("sample_fp32_latents")
+def _fp32_latents(run, monkeypatch):
+    def dtypes(**kwargs):
+        trajectory = run.make(pipe=stable_diffusion().to(torch.bfloat16), **kwargs).sample(0)[0][0].trajectory
+        return {action.dtype for action in trajectory.next_latents[:-1]}
+
+    assert dtypes() == {torch.bfloat16}
+    assert dtypes(sample_fp32_latents=True) == {torch.float32}
+
+
+@case("sample_sde_window_size", "sample_sde_window_schedule", "sample_sde_window_start", "sample_sde_window_interval")
+def _window(run, monkeypatch):
+    def actions(**kwargs):
+        trainer = run.make(sample_num_steps=4, **kwargs)
+        return [trainer.sample(epoch)[0][0].trajectory.steps for epoch in range(3)]
+
+    assert actions() == [(0, 1, 2, 3)] * 3
+    window = {"sample_sde_window_size": 1, "sample_sde_window_interval": 1}
+    assert actions(**window) == [(0,), (1,), (2,)]
+    assert actions(**{**window, "sample_sde_window_interval": 2}) == [(0,), (0,), (1,)]
+    assert actions(**{**window, "sample_sde_window_start": 1}) == [(1,), (2,), (2,)]
+    assert actions(sample_sde_window_size=2, sample_sde_window_schedule="fixed") == [(0, 1)] * 3
+
+
+@case("sample_vae_slicing", "sample_vae_tiling")
+def _vae(run, monkeypatch):
+    def settings(**kwargs):
+        vae = run.make(**kwargs).pipeline.vae
+        return vae.use_slicing, vae.use_tiling
+
+    assert settings() == (False, False)
+    assert settings(sample_vae_slicing=True) == (True, False)
+    assert settings(sample_vae_tiling=True) == (False, True)
+
+
+@case("sample_offload_encoders")
+def _offload_encoders(run, monkeypatch):
+    def journeys(offload):
+        trainer = run.make(output_dir=str(run.folder / str(offload)), sample_offload_encoders=offload)
+        sent = run.get("record_to")(trainer.pipeline.text_encoder)
+        trainer.train()
+        return len(sent)
+
+    assert (journeys(False), journeys(True)) == (0, 2)  # away and back
+
+
+@case("sample_call_columns")
+def _call_columns(run, monkeypatch):
+    picture = Image.new("RGB", (16, 16), "red")
+    trainer = run.make(
+        pipe=StableDiffusionImg2ImgPipeline(**stable_diffusion().components, requires_safety_checker=False),
+        prompts=[("a cat", {"image": picture})],
+        sample_call_columns=["image"],
+    )
+    assert trainer.sample(0)[0][0].trajectory.arguments == {"image": [picture] * 4}
+
+
 @case("sample_call_kwargs")
 def _call_kwargs(run, monkeypatch):
     batches, _ = run.make(sample_call_kwargs={"height": 32, "width": 24}).sample(0)
@@ -255,6 +336,23 @@ def _negative(run, monkeypatch):
 
 
 # ---------------------------------------------------------------- rewards and advantages
+
+
+class Judge(torch.nn.Module):
+    def forward(self, images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+
+@case("reward_offload")
+def _reward_offload(run, monkeypatch):
+    def journeys(**kwargs):
+        judge = Judge()
+        sent = run.get("record_to")(judge)
+        run.train(reward=judge, **kwargs)
+        return len(sent)
+
+    assert journeys() == 0
+    assert journeys(reward_offload=True) == 3  # away at the start, to the device, and away again
 
 
 @case("async_reward_computation", "max_workers")
@@ -410,7 +508,7 @@ def _objective(run, monkeypatch):
     def loss(objective):
         trainer = run.make(train_objective=objective, kl_weight=0.0)
         batches, _ = trainer.sample(0)
-        transitions = batches[0].trajectory.transitions([0], 1, torch.tensor([-1.0] * 4))
+        transitions = batches[0].trajectory.transitions([0], [1], torch.tensor([-1.0] * 4))
         # a ratio of e, with a negative advantage: PPO does not clip it, DPOK does
         transitions = dataclasses.replace(transitions, old_log_prob=transitions.old_log_prob - 1.0)
         return trainer.calculate_loss(transitions)[0].item()
@@ -444,6 +542,22 @@ def _fraction(run, monkeypatch):
     assert (transitions(1.0), transitions(0.5)) == (4, 2)
 
 
+@case("train_mixed_timesteps")
+def _mixed(run, monkeypatch):
+    def steps(**kwargs):
+        trainer = run.make(**kwargs)
+        seen = []
+        update = trainer._update
+        trainer._update = lambda transitions: seen.extend(t.steps for t in transitions) or update(transitions)
+        trainer.train()
+        return seen
+
+    assert all(len(set(together)) == 1 for together in steps())
+    assert any(
+        len(set(together)) > 1 for together in steps(train_mixed_timesteps=True, output_dir=str(run.folder / "mixed"))
+    )
+
+
 @case("train_reanchor")
 def _reanchor(run, monkeypatch):
     def replays(reanchor):
@@ -469,6 +583,27 @@ def _lora(run, monkeypatch):
     assert rank_and_scale() == (4, 1.0)
     assert rank_and_scale(train_lora_rank=2) == (2, 1.0)
     assert rank_and_scale(train_lora_rank=2, train_lora_alpha=6) == (2, 3.0)
+
+
+@case("train_use_lora")
+def _use_lora(run, monkeypatch):
+    def trained(**kwargs):
+        trainer = run.make(**kwargs)
+        names = [name for name, p in trainer.policy.named_parameters() if p.requires_grad]
+        return {"lora" in name for name in names}, len(names)
+
+    assert trained()[0] == {True}
+    assert trained(train_use_lora=False) == ({False}, len(list(stable_diffusion().unet.parameters())))
+
+
+@case("train_text_encoder")
+def _text_encoder(run, monkeypatch):
+    def trained(**kwargs):
+        trainer = run.make(**kwargs)
+        return {name.split(".")[1] for name, p in trainer.policy.named_parameters() if p.requires_grad}
+
+    assert trained() == {"unet"}
+    assert trained(train_text_encoder=True) == {"unet", "text_encoder"}
 
 
 # ---------------------------------------------------------------- the KL term and the Hub

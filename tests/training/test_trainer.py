@@ -150,8 +150,8 @@ def test_the_loss_by_hand(objective, kl_type, reduction, make_trainer):
     )
     trajectory = trainer.sample(0)[0][0].trajectory
     batch = TrainingBatch(trajectory, (0, 1, 2, 3), torch.tensor([1.0, 1.0, -1.0, -1.0]))
-    trainer._ask_reference([[(batch, 1)]])
-    transitions = batch.transitions(1)
+    trainer._ask_reference([[(batch, (1,) * 4)]])
+    transitions = batch.transitions((1,) * 4)
     shift = torch.tensor([0.5, -0.5, 0.5, -0.5])  # of the new log-probability over the old: ratios 1.65 and 0.61
     transitions = dataclasses.replace(transitions, old_log_prob=transitions.old_log_prob - shift)
     loss, metrics = trainer.calculate_loss(transitions)
@@ -343,9 +343,12 @@ def test_every_transition_is_trained_on_once_in_each_inner_epoch(make_trainer):
     trainer._update = lambda transitions: updates.append(transitions) or update(transitions)
     trainer.step(0, 0)
     assert len(updates) == 2 * 2 * 2  # inner epochs, batches of 4 samples, halves of the steps
-    trained = Counter((id(t.trajectory.latents), s, t.step) for u in updates for t in u for s in t.samples)
+    pairs = [
+        (id(t.trajectory.latents), *pair) for u in updates for t in u for pair in zip(t.samples, t.steps, strict=True)
+    ]
+    trained = Counter(pairs)
     assert len(trained) == 8 * 4 and set(trained.values()) == {2}
-    orders = [[t.step for t in u] for u in updates]
+    orders = [[t.steps for t in u] for u in updates]
     assert len({tuple(order) for order in orders}) > 1  # shuffled
 
 
