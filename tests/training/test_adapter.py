@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors import safe_open
-from tiny import FAMILIES, stable_diffusion
+from tiny import FAMILIES, nudge, stable_diffusion
 
-from dpok_trl.policy.hooks import PipelineHooks
 from dpok_trl.policy.lora import adapter_layers, adapter_name
 from dpok_trl.training import publishing
+
+
+FINITE_DIFFERENCE = 1e-2  # of a log-probability in float32, which is curved
 
 
 def image(pipe) -> torch.Tensor:
@@ -196,9 +199,135 @@ def test_save_pretrained_is_ddpos_name(make_trainer, pushed, tmp_path):
     assert [repo_id for _, repo_id, _ in pushed] == ["rabbit", "me/hare", "me/configured"]
 
 
-def test_a_family_that_cannot_store_a_lora_is_refused_before_training(make_trainer, monkeypatch):
+def test_a_family_without_a_lora_file_is_saved_for_peft(make_trainer, tmp_path, monkeypatch):
+    """`peft.PeftModel` puts the adapter back on a stock denoiser: the identical image, alpha != rank included."""
     pipe = stable_diffusion()
     monkeypatch.setattr(type(pipe), "save_lora_weights", None)
-    with pytest.raises(ValueError, match="StableDiffusionPipeline has no `save_lora_weights`"):
-        make_trainer(pipe=pipe)
-    assert all(adapter_name(module) is None for module in PipelineHooks().denoisers(pipe).values())
+    trainer = make_trainer(pipe=pipe, train_lora_rank=2, train_lora_alpha=6, **TRAIN)
+    trainer.train()
+    trainer.save_model(tmp_path / "model")
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"unet", "README.md", "dpok_config.json"}
+    stock = stable_diffusion()
+    base = image(stock)
+    stock.unet = PeftModel.from_pretrained(stock.unet, tmp_path / "model" / "unet").base_model.model
+    tuned = image(trainer.pipeline)
+    assert torch.equal(image(stock), tuned)
+    assert not torch.equal(base, tuned)
+
+
+def test_an_adapter_in_pefts_layout_is_resumed_bit_for_bit(make_trainer, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(StableDiffusionPipeline, "save_lora_weights", None)
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **TRAIN)
+    whole.train()
+    make_trainer(output_dir=str(tmp_path / "parts"), **TRAIN).train(epochs=1)
+    second = make_trainer(output_dir=str(tmp_path / "parts"), **TRAIN)
+    second.train(resume_from_checkpoint=True)
+    end = adapter(whole)
+    assert all(torch.equal(value, end[name]) for name, value in adapter(second).items())
+
+
+# ---------------------------------------------------------------- text encoders
+
+
+TEXT = {"sd": {"text_encoder"}, "sdxl": {"text_encoder", "text_encoder_2"}, "sd3": {"text_encoder", "text_encoder_2"}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_of_text_encoders_are_trained_and_a_stock_pipeline_loads_them(
+    family, make_trainer, adapter, lines, tmp_path
+):
+    trainer = make_trainer(
+        pipe=FAMILIES[family](), train_text_encoder=True, train_lora_rank=2, train_lora_alpha=6, **TRAIN
+    )
+    assert set(trainer.tuned.text_encoders) == TEXT[family]
+    start = adapter(trainer)
+    trainer.train()
+    first, second = lines(trainer, "loss")
+    assert first["policy/ratio_deviation_max"] == 0.0 and first["kl"] == 0.0 < second["kl"]
+    for encoder in TEXT[family]:
+        own = [name for name in start if name.startswith(f"networks.{encoder}.")]
+        moved = [name for name in own if not torch.equal(start[name], adapter(trainer)[name])]
+        # CLIP's pooled output is the penultimate layer's in SDXL and SD3, so that the last layer of an encoder may have no gradient
+        assert len(own) > 0 and len(moved) >= len(own) / 2
+    trainer.save_model(tmp_path / "model")
+    stock = FAMILIES[family]()
+    base = image(stock)
+    stock.load_lora_weights(str(tmp_path / "model"))
+    for encoder in TEXT[family]:
+        assert adapter_layers(getattr(stock, encoder))
+    tuned = image(trainer.pipeline)
+    assert torch.equal(image(stock), tuned)
+    assert not torch.equal(base, tuned)
+
+
+def test_the_gradient_of_a_text_encoder_is_the_whole_one(make_trainer):
+    """Against finite differences of the log-probability, in one direction of the text encoder's adapter alone."""
+    trainer = make_trainer(train_text_encoder=True, sample_min_std=0.1, sample_batch_size=2, train_batch_size=2)
+    nudge(trainer.policy.networks)
+    trajectory = trainer.sample(0)[0][0].trajectory
+    layers = [p for p in trainer.tuned.text_encoders["text_encoder"].parameters() if p.requires_grad]
+    torch.manual_seed(7)
+    direction = [torch.randn_like(p) for p in layers]
+
+    start = [p.detach().clone() for p in layers]
+
+    def log_prob(step):
+        with torch.no_grad():
+            for parameter, value, d in zip(layers, start, direction, strict=True):
+                parameter.copy_(value + step * d)
+        (replayed,) = trainer.policy(trajectory, None, [1])
+        return replayed.log_prob.sum()
+
+    gradients = torch.autograd.grad(log_prob(0.0), layers)
+    slope = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True)).item()
+    with torch.no_grad():
+        measured = (log_prob(3e-4) - log_prob(-3e-4)).item() / 6e-4
+    assert abs(slope) > 1e-3
+    assert slope == pytest.approx(measured, rel=FINITE_DIFFERENCE)
+
+
+def test_a_run_with_text_encoders_is_resumed_bit_for_bit(make_trainer, adapter, tmp_path):
+    settings = {**TRAIN, "num_epochs": 3, "train_text_encoder": True}
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+    make_trainer(output_dir=str(tmp_path / "parts"), **settings).train(epochs=2)
+    second = make_trainer(output_dir=str(tmp_path / "parts"), **settings)
+    second.train(resume_from_checkpoint=True)
+    end = adapter(whole)
+    assert all(torch.equal(value, end[name]) for name, value in adapter(second).items())
+
+
+def test_a_peft_config_for_each_component(make_trainer, adapter):
+    configs = {
+        "unet": LoraConfig(r=2, target_modules=["conv1"]),
+        "text_encoder": LoraConfig(r=3, target_modules=["fc1"]),
+    }
+    trainer = make_trainer(train_text_encoder=True, peft_config=configs, **TRAIN)
+    shapes = {name: tuple(value.shape) for name, value in adapter(trainer).items()}
+    assert all(("conv1" in name) if name.startswith("networks.unet") else ("fc1" in name) for name in shapes)
+    assert {s[0] for n, s in shapes.items() if "lora_A" in n and "text_encoder" in n} == {3}
+    trainer.train()
+
+
+def test_a_peft_config_for_what_is_not_trained_is_refused(make_trainer):
+    config = {"unet": LoraConfig(target_modules=["to_k"]), "text_encoder": LoraConfig(target_modules=["q_proj"])}
+    with pytest.raises(ValueError, match="peft_config has entries for text_encoder, but what is trained is unet"):
+        make_trainer(peft_config=config)
+
+
+def test_another_rank_than_a_loaded_adapters_is_refused(saved, make_trainer):
+    pipe = stable_diffusion()
+    pipe.load_lora_weights(str(saved[1]))
+    with pytest.raises(
+        ValueError, match="`unet` has the adapter 'default_0' of rank 2 already, and train_lora_rank = 8"
+    ):
+        make_trainer(pipe=pipe, train_lora_rank=8)
+
+
+def test_a_family_whose_lora_file_has_no_place_for_a_text_encoder(make_trainer, monkeypatch):
+    monkeypatch.setattr(StableDiffusionPipeline, "save_lora_weights", None)
+    with pytest.raises(
+        ValueError,
+        match="LoRA file of StableDiffusionPipeline has no place for an adapter of a text encoder. Set train_",
+    ):
+        make_trainer(train_text_encoder=True)
