@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, HiDreamImageTransformer2DModel
 from zoo import build, call_arguments
-from zoo.registry import maker_for
+from zoo.hidream import hidream_transformer
 from zoo.stable_diffusion import ddim_scheduler, unet
+from zoo.wan import wan_transformer
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,15 @@ class Family:
         pipeline (`str`): Name of a class of diffusers.
         components (`dict`): Functions that make components, or other arguments of the constructor, which the zoo would make otherwise.
         arguments (`dict`): Of the call, over those of the zoo.
+        attributes (`dict`): Set on the pipeline, where no argument of the call does it.
+        module (`str`): Where the class is.
     """
 
     pipeline: str
     components: dict[str, Callable[[], Any]] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    module: str = "diffusers"
 
     def pipe(self) -> DiffusionPipeline:
         """A new pipeline, always with the same weights."""
@@ -34,15 +39,20 @@ class Family:
         for name, make in self.components.items():
             torch.manual_seed(1)
             given[name] = make()
-        return build(getattr(diffusers, self.pipeline), **given)
+        pipe = build(getattr(import_module(self.module), self.pipeline), **given)
+        for name, value in self.attributes.items():
+            setattr(pipe, name, value)
+        return pipe
 
     def call(self, pipe: DiffusionPipeline) -> dict[str, Any]:
         """The arguments of a call, without the prompt."""
         return {**call_arguments(pipe), **self.arguments}
 
 
-def _wan_expert() -> torch.nn.Module:
-    return maker_for("WanPipeline", "transformer", ["WanTransformer3DModel"])()
+def _small_hidream_transformer() -> torch.nn.Module:
+    """The zoo's has patches for 128 x 128 latents."""
+    config = hidream_transformer().config
+    return HiDreamImageTransformer2DModel.from_config({**config, "patch_size": 2, "max_resolution": (8, 8)})
 
 
 FAMILIES = {
@@ -87,14 +97,20 @@ FAMILIES = {
     "qwenimage": Family("QwenImagePipeline"),
     "z_image": Family("ZImagePipeline"),
     "lumina2": Family("Lumina2Pipeline"),
-    "hidream": Family("HiDreamImagePipeline"),
+    # It scales every size that it is asked for to the area of its default.
+    "hidream": Family(
+        "HiDreamImagePipeline",
+        {"transformer": _small_hidream_transformer},
+        attributes={"default_sample_size": 8},
+    ),
     "auraflow": Family("AuraFlowPipeline"),
     "cogview4": Family("CogView4Pipeline"),
     "chroma": Family("ChromaPipeline"),
-    "kolors": Family("KolorsPipeline"),
+    # Exported only where SentencePiece is installed, for a tokenizer that the zoo has no need of.
+    "kolors": Family("KolorsPipeline", module="diffusers.pipelines.kolors.pipeline_kolors"),
     # Video
     "wan": Family("WanPipeline"),
-    "wan_two_experts": Family("WanPipeline", {"transformer_2": _wan_expert, "boundary_ratio": lambda: 0.875}),
+    "wan_two_experts": Family("WanPipeline", {"transformer_2": wan_transformer, "boundary_ratio": lambda: 0.875}),
     # From a picture
     "sd_img2img": Family("StableDiffusionImg2ImgPipeline"),
     "sd_inpaint": Family("StableDiffusionInpaintPipeline"),
