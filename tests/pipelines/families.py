@@ -92,7 +92,10 @@ FAMILIES = {
     "flux_true_cfg": Family("FluxPipeline", arguments={"true_cfg_scale": 3.0, "negative_prompt": "a dog"}),
     "flux2": Family("Flux2Pipeline"),
     "flux2_klein": Family("Flux2KleinPipeline"),
-    "sana": Family("SanaPipeline"),
+    # Eight lines, as in its default: a batch of eight prompts must not be taken for them.
+    "sana": Family(
+        "SanaPipeline", arguments={"complex_human_instruction": "say in words all that one can see:".split()}
+    ),
     "pixart_sigma": Family("PixArtSigmaPipeline"),
     "qwenimage": Family("QwenImagePipeline"),
     "z_image": Family("ZImagePipeline"),

@@ -19,6 +19,8 @@ PROMPTS = ["a cat", "two dogs"]
 SEEDS = [3, 4]
 # Other samples beside a sample, and so another order of its sums in a matrix product; mean-reduced log-probabilities, fp32.
 REORDERED_TOLERANCE = 1e-5
+# Text and pictures encoded in a batch of another shape.
+ENCODED_TOLERANCE = 1e-5
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -41,6 +43,53 @@ def image_of(pipe, family):
     """By the untouched pipeline."""
     output = pipe(prompt=PROMPTS[0], **family.call(pipe), generator=torch.Generator().manual_seed(5), output_type="pt")
     return torch.as_tensor(output[0])
+
+
+# ---------------------------------------------------------------- the rollout
+
+
+def tensors_in(value):
+    """All tensors of a nested value, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [tensor for part in value for tensor in tensors_in(part)]
+
+
+def first_input(pipe, run):
+    """What the network is given in its first call: latents, timestep, text and all other conditions."""
+    seen = []
+    hooks = [
+        denoiser.register_forward_pre_hook(lambda _, *given: seen.append(given), with_kwargs=True)
+        for denoiser in PipelineHooks().denoisers(pipe).values()
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return tensors_in(seen[0])
+
+
+@every_family
+def test_the_network_is_given_what_the_untouched_pipeline_gives_it(name):
+    family = FAMILIES[name]
+    policy = policy_of(family)
+    # Eight samples of two prompts, of which one has been seen before: each text is encoded once, and put where it belongs.
+    prompts, seeds = PROMPTS * 4, list(range(8))
+    policy.rollout(PROMPTS[:1] * 8, seeds)
+    given = first_input(policy.pipe, lambda: policy.rollout(prompts, seeds))
+
+    call = family.call(policy.pipe)
+    for argument in {"image", "mask_image"} & set(call):
+        call[argument] = [call[argument]] * len(prompts)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with torch.no_grad():
+        expected = first_input(policy.pipe, lambda: policy.pipe(prompt=list(prompts), generator=generators, **call))
+    assert len(given) == len(expected)
+    for ours, theirs in zip(given, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=ENCODED_TOLERANCE)
 
 
 # ---------------------------------------------------------------- the replay
