@@ -94,7 +94,8 @@ FAMILIES = {
     "flux2_klein": Family("Flux2KleinPipeline"),
     # Eight lines, as in its default: a batch of eight prompts must not be taken for them.
     "sana": Family(
-        "SanaPipeline", arguments={"complex_human_instruction": "say in words all that one can see:".split()}
+        "SanaPipeline",
+        arguments={"complex_human_instruction": ["say", "in", "words", "all", "that", "one", "can", "see:"]},
     ),
     "pixart_sigma": Family("PixArtSigmaPipeline"),
     "qwenimage": Family("QwenImagePipeline"),
