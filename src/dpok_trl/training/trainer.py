@@ -368,11 +368,11 @@ class DPOKTrainer(PublishingMixin):
         if error <= self.config.train_clip_range / 10:
             return True
         logger.warning(
-            "train_mixed_timesteps: %s gives other log-probabilities for samples at different timesteps in one forward pass (off by %s, allowed %.3g), so "
-            "training batches stay at one timestep each",
+            "train_mixed_timesteps: the call of %s %s for samples at different timesteps in one forward pass, so training batches stay at one timestep each",
             type(self.pipeline).__name__,
-            "nothing that can be measured: it fails" if math.isinf(error) else f"{error:.3g}",
-            self.config.train_clip_range / 10,
+            "fails"
+            if math.isinf(error)
+            else f"gives log-probabilities that are off by {error:.3g} (allowed: {self.config.train_clip_range / 10:.3g})",
         )
         return False
 
