@@ -140,7 +140,8 @@ def _train_all(name: str, module: nn.Module) -> nn.Module:
             f"`{name}` has the active adapter '{adapter_name(module)}', and its own weights are to be trained. Fuse it first: "
             f"`pipe.fuse_lora(components=['{name}'])`, then `pipe.unload_lora_weights()`."
         )
-    if getattr(module, "hf_quantizer", None) is not None:
+    # by its weights: torchao's `quantize_` leaves no other mark
+    if any(type(weight.data) is not torch.Tensor or not weight.is_floating_point() for weight in module.parameters()):
         raise ValueError(
             f"`{name}` is quantised: its own weights cannot be trained. Train an adapter on it (train_use_lora = True), or load it without quantisation."
         )
