@@ -190,9 +190,9 @@ def _vision_settings(**kwargs) -> dict:
     }
 
 
-def _multimodal_settings() -> dict:
+def _multimodal_settings(**kwargs) -> dict:
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}
-    return language_settings(rope_parameters=rope)
+    return language_settings(rope_parameters=rope, **kwargs)
 
 
 def _qwen_vl_config() -> Qwen2_5_VLConfig:
@@ -213,22 +213,22 @@ def qwen_vl_text_model() -> Qwen2_5_VLTextModel:
     return Qwen2_5_VLTextModel(_qwen_vl_config().text_config)
 
 
-def _qwen3_vl_config() -> Qwen3VLConfig:
+def _qwen3_vl_config(layers: int) -> Qwen3VLConfig:
     return Qwen3VLConfig(
-        text_config=_multimodal_settings(),
+        text_config=_multimodal_settings(num_hidden_layers=layers),
         vision_config=_vision_settings(num_position_embeddings=64, deepstack_visual_indexes=[0]),
         **_vision_tokens(),
     )
 
 
 @component("Qwen3VLForConditionalGeneration")
-def qwen3_vl() -> Qwen3VLForConditionalGeneration:
-    return Qwen3VLForConditionalGeneration(_qwen3_vl_config())
+def qwen3_vl(layers: int = 2) -> Qwen3VLForConditionalGeneration:
+    return Qwen3VLForConditionalGeneration(_qwen3_vl_config(layers))
 
 
 @component("Qwen3VLModel")
-def qwen3_vl_model() -> Qwen3VLModel:
-    return Qwen3VLModel(_qwen3_vl_config())
+def qwen3_vl_model(layers: int = 2) -> Qwen3VLModel:
+    return Qwen3VLModel(_qwen3_vl_config(layers))
 
 
 def _mistral3_config() -> Mistral3Config:
