@@ -1,0 +1,160 @@
+"""What it costs to enter a pipeline again: the replay of one step against the bare network calls of that step.
+
+    python benchmarks/reentry.py [--families sd flux ...] [--sd15] [--steps 50] [--repeats 15] [--threads 1] [--clock cpu]
+
+A replay walks the pipeline's whole loop and runs the network in the selected step only. Here it is the last stochastic one, so that all steps
+are walked. The same calls of the network, with the arguments that the replay gave it, are timed beside it, in turn, without gradients. What the
+replay takes longer is the overhead: the pipeline's own loop, drawing x_T, guidance, the scheduler, the log-probability.
+
+Families are those of tests/pipelines/families.py, with tiny random networks; `--sd15` adds a UNet of the size of Stable Diffusion 1.5 on 64x64
+latents. A table in Markdown is printed: medians, and of the overhead the quartiles as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+
+
+REPOSITORY = Path(__file__).parent.parent
+sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "tools")]  # the tiny pipelines
+
+from pipelines.families import FAMILIES  # noqa: E402
+from zoo import build  # noqa: E402
+from zoo.stable_diffusion import WIDTH, autoencoder_kl  # noqa: E402
+
+from dpok_trl.policy.hooks import PipelineHooks  # noqa: E402
+from dpok_trl.policy.policy import Policy  # noqa: E402
+from dpok_trl.policy.tuning import tune  # noqa: E402
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+HEADER = """\
+| pipeline | loop steps | network, ms | replay, ms | overhead, ms | quartiles | of the network's time |
+|---|--:|--:|--:|--:|--:|--:|"""
+
+
+def sd15_sized_pipeline() -> StableDiffusionPipeline:
+    """The UNet of Stable Diffusion 1.5 (860 million parameters) with random weights, between small parts."""
+    unet = UNet2DConditionModel(
+        sample_size=64, cross_attention_dim=WIDTH, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8
+    )
+    # the factor of 8 between pixels and latents takes four blocks
+    vae = autoencoder_kl(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    return build(StableDiffusionPipeline, unet=unet, vae=vae)
+
+
+def zeros(sample: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+    """In place of a UNet's forward: 50 steps of a large one would take minutes, and what the latents hold does not change the time."""
+    return (torch.zeros_like(sample),)
+
+
+@contextmanager
+def recorded_calls(networks: list[torch.nn.Module]) -> Iterator[list[Callable[[], Any]]]:
+    """The calls of networks, to be made again."""
+    calls: list[Callable[[], Any]] = []
+
+    def record(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        calls.append(lambda: module(*args, **kwargs))
+
+    handles = [network.register_forward_pre_hook(record, with_kwargs=True) for network in networks]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def milliseconds(function: Callable[[], Any], clock: Callable[[], float]) -> float:
+    started = clock()
+    function()
+    return 1000 * (clock() - started)
+
+
+@torch.no_grad()
+def row(
+    name: str,
+    pipe: DiffusionPipeline,
+    call: dict[str, Any],
+    repeats: int,
+    clock: Callable[[], float],
+    zero_rollout: bool = False,
+) -> str:
+    """The row of a pipeline, at batch 1."""
+    tuned = tune(pipe, PipelineHooks().denoisers(pipe))
+    policy = Policy(pipe, tuned, call_kwargs=call)
+    networks = list(tuned.denoisers.values())
+    if zero_rollout:
+        networks[0].forward = zeros
+    trajectory = policy.rollout(["a cat"], [0])
+    if zero_rollout:
+        del networks[0].forward
+    last = [trajectory.steps[-1]]
+    with recorded_calls(networks) as calls:
+        policy(trajectory, steps=last)  # warms up too
+    pairs = []
+    for _ in range(repeats):
+        bare = milliseconds(lambda: [again() for again in calls], clock)
+        pairs.append((bare, milliseconds(lambda: policy(trajectory, steps=last), clock)))
+    network, replay = (statistics.median(column) for column in zip(*pairs, strict=True))
+    overheads = [replay - bare for bare, replay in pairs]
+    low, middle, high = statistics.quantiles(overheads, n=4)
+    return (
+        f"| {name} | {len(trajectory.latents) - 1} | {network:.2f} | {replay:.2f} | {middle:.2f} | {low:.2f} to {high:.2f} | "
+        f"{100 * middle / network:.1f} % |"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="*", choices=list(FAMILIES), default=list(FAMILIES), metavar="FAMILY")
+    parser.add_argument(
+        "--sd15", action="store_true", help="a UNet of the size of Stable Diffusion 1.5 as well (5 GB)"
+    )
+    parser.add_argument("--steps", type=int, default=50, help="of the loop")
+    parser.add_argument("--repeats", type=int, default=15, help="measurements of which the median is taken, 2 or more")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: time of this process alone, for a machine that others use too",
+    )
+    parser.add_argument("--quick", action="store_true", help="one family, three measurements: does it run?")
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.families, arguments.repeats = ["sd"], 3
+    torch.set_num_threads(arguments.threads)
+    diffusers_logging.set_verbosity_error()
+    clock = CLOCKS[arguments.clock]
+    print(HEADER, flush=True)
+    for name in arguments.families:
+        family = FAMILIES[name]
+        pipe = family.pipe()
+        call = {**family.call(pipe), "num_inference_steps": arguments.steps}
+        print(row(f"{name} (tiny)", pipe, call, arguments.repeats, clock), flush=True)
+    if arguments.sd15:
+        pipe = sd15_sized_pipeline()
+        for guidance in (1.0, 5.0):
+            call = {"num_inference_steps": arguments.steps, "guidance_scale": guidance, "height": 512, "width": 512}
+            title = f"SD 1.5 size, guidance {guidance:g}"
+            print(row(title, pipe, call, max(2, arguments.repeats // 3), clock, zero_rollout=True), flush=True)
+
+
+if __name__ == "__main__":
+    main()
