@@ -73,8 +73,6 @@ GROUPS = {
     "Audio": "No images come out.",
     "Without a prompt": "Priors, decoders, unconditional and class-conditional pipelines.",
 }
-IMAGE_ARGUMENTS = {"image", "mask_image", "control_image", "init_image", "source_image", "example_image", "images"}
-VIDEO_ARGUMENTS = {"num_frames", "video", "video_length", "frames", "conditioning_frames", "num_latent_frames"}
 
 
 @dataclass(frozen=True)
@@ -102,14 +100,16 @@ def exported_pipelines() -> dict[str, type[DiffusionPipeline]]:
 
 
 def group_of(pipeline_class: type[DiffusionPipeline]) -> str:
+    """From the names of the call's arguments."""
     taken = set(inspect.signature(pipeline_class.__call__).parameters)
     if "prompt" not in taken:
         return "Without a prompt"
-    if any("audio" in name or "waveform" in name for name in taken) and not taken & VIDEO_ARGUMENTS:
-        return "Audio"
-    if taken & VIDEO_ARGUMENTS:
+    if any("video" in name or "frames" in name for name in taken):
         return "Video"
-    return "With an image" if taken & IMAGE_ARGUMENTS else "Text to image"
+    if any("audio" in name or "waveform" in name for name in taken):
+        return "Audio"
+    pictures = (name for name in taken if name.endswith(("image", "images")) and "ip_adapter" not in name)
+    return "With an image" if any(pictures) else "Text to image"
 
 
 def examine(pipeline_class: type[DiffusionPipeline]) -> Row:
@@ -402,14 +402,16 @@ def _examine_in_time(name: str) -> Row:
 def table(rows: list[Row], command: str) -> str:
     """The page: what was run, counts, and one row for each class."""
     counts = Counter(row.verdict for row in rows)
-    prompted = len(rows) - counts[NO_PROMPT]
+    prompted = [row for row in rows if row.verdict != NO_PROMPT]
+    current = [row for row in prompted if ".deprecated." not in getattr(diffusers, row.name).__module__]
     text = [
         "# Pipelines",
         "",
         "Every pipeline class of diffusers, tried at a tiny size with random weights. Written by a tool; do not edit.",
         "",
         f"* Run: `{command}` on {datetime.date.today().isoformat()}, diffusers {diffusers.__version__}, torch {torch.__version__}, CPU, fp32",
-        f"* {len(rows)} classes, {prompted} take a prompt; of these {counts[PASSES]} pass",
+        f"* {len(rows)} classes, {len(prompted)} take a prompt; of these {counts[PASSES]} pass",
+        f"* Without those that diffusers has deprecated: {len(current)} take a prompt; of these {sum(row.verdict == PASSES for row in current)} pass",
         "",
         "| verdict | classes | meaning |",
         "|---|---|---|",

@@ -24,6 +24,7 @@ from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import
 )
 from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import UNetFlatConditionModel
 from diffusers.pipelines.deprecated.vq_diffusion.pipeline_vq_diffusion import LearnedClassifierFreeSamplingEmbeddings
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from diffusers.pipelines.shap_e import ShapERenderer
 from transformers import CLIPTokenizer, GPT2Tokenizer
@@ -272,7 +273,12 @@ def shap_e_renderer() -> ShapERenderer:
     )
 
 
-# ---------------------------------------------------------------- FLUX Kontext
+# ---------------------------------------------------------------- FLUX Kontext and Redux
+
+
+@component("ReduxImageEncoder")
+def redux_image_encoder() -> ReduxImageEncoder:
+    return ReduxImageEncoder(redux_dim=WIDTH, txt_in_features=WIDTH)
 
 
 @argument("transformer", "FluxKontext*")
