@@ -19,6 +19,8 @@ LIST = "list"  # the batch is the length of a list
 NOTHING = "nothing"  # `None` stood there
 NO_ROWS = "no rows"
 
+DEVICES = ("cpu", "cuda", "mps", "xpu")  # those that autocast knows
+
 # Bounds the memory of a run over a long list of prompts: an embedding takes 0.3 MB with CLIP alone, and up to 11 MB with a T5.
 MAX_CACHED_PROMPTS = 128
 
@@ -133,7 +135,7 @@ class PromptMemo:
 
         samples = list(zip(*text.values(), strict=True))
         distinct = list(dict.fromkeys(samples))
-        kind = (tuple(text), others)
+        kind = (tuple(text), others, _autocast())
         if kind not in self._axes:
             self._axes[kind] = batch_axes(encode(distinct[:1]), encode(distinct[:1] * 2))
         if self._axes[kind] is NO_ROWS:
@@ -179,6 +181,11 @@ class PromptMemo:
     def _forget_oldest(self, needed: int) -> None:
         while len(self._rows) > max(MAX_CACHED_PROMPTS, needed):
             self._rows.popitem(last=False)
+
+
+def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
+    """Under autocast an encoder gives other embeddings, and some pipelines hand them on in its dtype."""
+    return tuple((device, torch.get_autocast_dtype(device)) for device in DEVICES if torch.is_autocast_enabled(device))
 
 
 def _is_list_of_text(value: Any) -> bool:
