@@ -52,7 +52,7 @@ class MixedReplayer(Replayer):
 
     def prepare_scheduler(self, scheduler: Any) -> None:
         begin, rows = self.recording.begin, self._rows_per_sample()
-        set_timesteps, scale_model_input = scheduler.set_timesteps, scheduler.scale_model_input
+        set_timesteps = scheduler.set_timesteps
 
         @functools.wraps(set_timesteps)  # pipelines look at its signature
         def set_a_vector_of_timesteps(*args: Any, **kwargs: Any) -> None:
@@ -62,9 +62,12 @@ class MixedReplayer(Replayer):
             table[begin + LOOP_STEP] = own[begin + self.each.to(own.device)].repeat(rows)
             scheduler.timesteps = table
 
+        scheduler.set_timesteps = set_a_vector_of_timesteps
+        scale_model_input = getattr(scheduler, "scale_model_input", None)  # flow matching has none
+        if scale_model_input is None or "_step_index" not in scheduler.__dict__:
+            return
+
         def scale_rows(sample: torch.Tensor, timestep: Any) -> torch.Tensor:
-            if "_step_index" not in scheduler.__dict__:
-                return scale_model_input(sample, timestep)
             scaled = []
             for row in range(len(sample)):
                 step = self.each[row % self.num_samples].item() if self._step_index == LOOP_STEP else self._step_index
@@ -72,7 +75,6 @@ class MixedReplayer(Replayer):
                 scaled.append(scale_model_input(sample[row : row + 1], timestep[row % len(timestep)]))
             return torch.cat(scaled)
 
-        scheduler.set_timesteps = set_a_vector_of_timesteps
         scheduler.scale_model_input = scale_rows
 
     def _rows_per_sample(self) -> int:
