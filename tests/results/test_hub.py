@@ -104,6 +104,8 @@ CARD = {
     "model_name": "me/rabbit",
     "pipeline": "StableDiffusionPipeline",
     "base_model": "someone/base",
+    "is_adapter": True,
+    "loading_code": lambda base, repository: f'pipe = load("{base}", "{repository}")',
     "reward": "red",
     "config": {"seed": 0, "output_dir": "/home/me/runs", "tracker_kwargs/wandb/entity": "me", "kl_weight": 0.02},
     "epochs": 3,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,20 @@ def load_lora(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module], folder:
             file, prefix = Path(folder) / name / LORA_FILE, f"{place}."
         tensors = {key.removeprefix(prefix): value for key, value in load_file(file).items() if key.startswith(prefix)}
         load_lora_state_dict(module, tensors)
+
+
+def loading_code(pipe: DiffusionPipeline, names: Iterable[str], repository: str) -> str:
+    """The lines of Python that load what [`save_lora`] wrote for the components `names` into a stock `pipe`."""
+    lines = []
+    for name in names:
+        place = _place_of(pipe, name)
+        if place == name:
+            lines.append(f'pipe.load_lora_weights("{repository}")')
+        elif place is not None:
+            lines.append(f'pipe.load_lora_weights("{repository}", subfolder="{name}", load_into_{name}=True)')
+        else:
+            lines.append(f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, "{repository}", subfolder="{name}")  # from peft')
+    return "\n".join(dict.fromkeys(lines))
 
 
 def lora_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -138,6 +138,11 @@ def _reader_of(scheduler: diffusers.SchedulerMixin) -> Callable[[diffusers.Sched
         if _is_a(scheduler, readable):
             _refuse_options(scheduler)
             return reader
+    if not hasattr(scheduler, "alphas_cumprod") and not hasattr(scheduler, "sigmas"):
+        raise UnsupportedSchedulerError(
+            f"{type(scheduler).__name__} cannot be a policy: it has neither `alphas_cumprod` nor `sigmas`, so its steps are no Gaussian ones between noise "
+            "levels (its latents are tokens, say). There is no other scheduler for such a pipeline."
+        )
     advice = _ADVICE_FLOW if "Flow" in type(scheduler).__name__ else _ADVICE_VP
     _refuse(scheduler, "its grid is not one this package can read", advice)
 

@@ -21,7 +21,7 @@ from dpok_trl.policy.lora import (
     prepare_adapter,
     refuse_adapter,
 )
-from dpok_trl.policy.lora_files import load_lora, save_lora, text_encoders_with_lora
+from dpok_trl.policy.lora_files import load_lora, loading_code, save_lora, text_encoders_with_lora
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,12 @@ class Tuned:
             return
         for name, module in self.denoisers.items():
             module.save_pretrained(Path(folder) / name)
+
+    def loading_code(self, pipe: DiffusionPipeline, base: str, repository: str) -> str:
+        """The lines of Python that give a user the tuned pipeline."""
+        if self.frozen:
+            return f'pipe = DiffusionPipeline.from_pretrained("{repository}")'
+        return f'pipe = DiffusionPipeline.from_pretrained("{base}")\n' + loading_code(pipe, self.modules, repository)
 
     def load(self, pipe: DiffusionPipeline, folder: str | Path) -> None:
         """Reads what [`~Tuned.save`] wrote, in place."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ TEMPLATE = """---
 
 # {model_name}
 
-A LoRA adapter trained with [dpok-trl](https://pypi.org/project/dpok-trl/) by DPOK: reinforcement learning with a KL term to the
+{what} trained with [dpok-trl](https://pypi.org/project/dpok-trl/) by DPOK: reinforcement learning with a KL term to the
 pretrained model.
 
 | | |
@@ -28,12 +29,11 @@ pretrained model.
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{load_from}")
-pipe.load_lora_weights("{model_name}")
+{loading_code}
 image = pipe("a prompt").images[0]
 ```
 
-The numbers are of the last training batches, not of a held-out evaluation. An adapter tuned on a reward inherits what that reward
+The numbers are of the last training batches, not of a held-out evaluation. A model tuned on a reward inherits what that reward
 overlooks: look at the images before you use it.
 
 ## Settings
@@ -67,6 +67,8 @@ def write_model_card(
     model_name: str,
     pipeline: str,
     base_model: str | None,
+    is_adapter: bool,
+    loading_code: Callable[[str, str], str],
     reward: str,
     config: dict[str, Any],
     epochs: int,
@@ -76,6 +78,10 @@ def write_model_card(
     tags: list[str] | None = None,
 ) -> None:
     """Writes `README.md` and `dpok_config.json` into `folder`.
+
+    Args:
+        is_adapter (`bool`): Whether the folder holds an adapter, or a whole pipeline.
+        loading_code (`Callable[[str, str], str]`): From the base model and the repository, the lines of Python that load it.
 
     The licence is left out: it follows from the base model's and is the user's to state.
     """
@@ -89,14 +95,15 @@ def write_model_card(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         datasets=dataset_name,
-        tags=["text-to-image", "diffusers", "lora", "reinforcement-learning", *(tags or [])],
+        tags=["text-to-image", "diffusers", *(["lora"] if is_adapter else []), "reinforcement-learning", *(tags or [])],
     )
     settings = {name: value for name, value in config.items() if name.split("/")[0] not in PRIVATE_SETTINGS}
     settings = json.dumps(settings, indent=2, default=str)
     text = TEMPLATE.format(
         model_name=model_name,
         base_model=base_model or f"a local {pipeline}",
-        load_from=base_model or f"path/to/the/{pipeline}",
+        what="A LoRA adapter" if is_adapter else f"A {pipeline}, its denoiser fine-tuned in all weights,",
+        loading_code=loading_code(base_model or f"path/to/the/{pipeline}", model_name),
         reward=reward,
         epochs=epochs,
         updates=updates,

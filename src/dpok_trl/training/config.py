@@ -322,7 +322,7 @@ class DPOKConfig:
 
     # --- the Hub
     push_to_hub: bool = field(
-        default=False, metadata={"help": "Push the adapter to `hub_model_id` when training ends."}
+        default=False, metadata={"help": "Push the model to `hub_model_id` when training ends."}
     )
     hub_model_id: str | None = field(default=None, metadata={"help": "Repository on the Hub, such as me/rabbit-lora."})
     hub_private_repo: bool | None = field(
