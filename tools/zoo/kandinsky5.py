@@ -15,10 +15,10 @@ CHANNELS = 4
 SPECIAL.update(
     {
         # the sizes are from a list in the pipeline, and its videos are eight times as large as their latents
-        "Kandinsky5?2I*": {"height": 1024, "width": 1024},
+        "Kandinsky5?2I*": {"height": 640, "width": 1408, "num_inference_steps": 2},
         "Kandinsky5I2I*": {"image": [picture(seed, size=64) for seed in range(2)]},
         "Kandinsky5?2V*": {"num_frames": 5, "height": 32, "width": 32},
-        "Kandinsky5I2V*": {"image": picture(size=32)},
+        "Kandinsky5I2V*": {"image": picture(size=32), "num_frames": 17},
     }
 )
 
@@ -42,23 +42,12 @@ def kandinsky5_transformer(**kwargs) -> Kandinsky5Transformer3DModel:
 
 
 @component("Kandinsky5Transformer3DModel")
-def kandinsky5_picture_transformer() -> Kandinsky5Transformer3DModel:
-    """Large patches: the pipeline draws pictures of about a million pixels."""
-    return kandinsky5_transformer(patch_size=(1, 16, 16))
-
-
-@argument("transformer", "Kandinsky5I2I*")
-def kandinsky5_editing_transformer() -> Kandinsky5Transformer3DModel:
-    return kandinsky5_transformer(patch_size=(1, 16, 16), visual_cond=True)
-
-
-@argument("transformer", "Kandinsky5T2V*")
-def kandinsky5_video_transformer() -> Kandinsky5Transformer3DModel:
+def kandinsky5_text_transformer() -> Kandinsky5Transformer3DModel:
     return kandinsky5_transformer()
 
 
-@argument("transformer", "Kandinsky5I2V*")
-def kandinsky5_picture_to_video_transformer() -> Kandinsky5Transformer3DModel:
+@argument("transformer", "Kandinsky5I2*")
+def kandinsky5_picture_conditioned_transformer() -> Kandinsky5Transformer3DModel:
     return kandinsky5_transformer(visual_cond=True)
 
 
