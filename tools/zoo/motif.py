@@ -25,7 +25,7 @@ VISION = {
 SPECIAL.update(
     {
         "MotifVideo*": {"num_frames": FRAMES, "max_sequence_length": TOKENS, "negative_prompt": "blurry"},
-        "MotifVideoImage2Video*": {"image": [picture(0), picture(1)]},
+        "MotifVideoImage2Video*": {"image": picture()},
     }
 )
 
