@@ -24,7 +24,7 @@ SPECIAL.update(
         "CosmosTextToWorld*": {"height": 32, "width": 32},
         "CosmosVideoToWorld*": {"height": 32, "width": 32},
         "Cosmos*VideoToWorld*": {"image": [picture(seed, size=32) for seed in range(2)]},
-        "Cosmos2_5*": {"num_frames": 5},
+        "Cosmos2_5*": {"num_frames": 5, "max_sequence_length": 256},  # behind a system message,
     }
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, Kandinsky5Transformer3DModel
 
 from zoo.hunyuan import hunyuan_video_vae
+from zoo.image_transformers import fill_zeros
 from zoo.inputs import SPECIAL, picture
 from zoo.packed_flow import PooledKL, one_level_vae
 from zoo.registry import argument, component
@@ -24,7 +25,7 @@ SPECIAL.update(
 
 
 def kandinsky5_transformer(**kwargs) -> Kandinsky5Transformer3DModel:
-    return Kandinsky5Transformer3DModel(
+    model = Kandinsky5Transformer3DModel(
         **{
             "in_visual_dim": CHANNELS,
             "out_visual_dim": CHANNELS,
@@ -39,6 +40,8 @@ def kandinsky5_transformer(**kwargs) -> Kandinsky5Transformer3DModel:
             **kwargs,
         }
     )
+    fill_zeros(model)
+    return model
 
 
 @component("Kandinsky5Transformer3DModel")
