@@ -332,6 +332,78 @@ ERRORS = {
         "sample_call_kwargs must not hold guidance_scale: the trainer sets it from a field of its own.",
     ),
     "no repository": ({"push_to_hub": True}, "push_to_hub = True needs hub_model_id, such as 'me/rabbit-lora'."),
+    "a column that has a field": (
+        {"sample_call_columns": ["negative_prompt", "image"]},
+        "sample_call_columns must not hold negative_prompt: the trainer sets it from a field of its own.",
+    ),
+    "an argument twice": (
+        {"sample_call_columns": ["image", "strength"], "sample_call_kwargs": {"strength": 0.5}},
+        "sample_call_kwargs and sample_call_columns both hold strength; it is either the same for every image or not.",
+    ),
+    "a column that is no list": (
+        {"sample_call_columns": "image"},
+        "sample_call_columns = 'image' is of type str, but it must be list or None.",
+    ),
+    "a window that is too long": (
+        {"sample_num_steps": 8, "sample_sde_window_size": 9},
+        "sample_sde_window_size = 9 from sample_sde_window_start = 0 does not lie in the 8 steps of sample_num_steps. The size must be between 1 and 8.",
+    ),
+    "a window that starts too late": (
+        {"sample_num_steps": 8, "sample_sde_window_size": 3, "sample_sde_window_start": 6},
+        "sample_sde_window_size = 3 from sample_sde_window_start = 6 does not lie in the 8 steps of sample_num_steps. The size must be between 1 and 2.",
+    ),
+    "an empty window": ({"sample_sde_window_size": 0}, "sample_sde_window_size = 0 from sample_sde_window_start = 0 does not"),
+    "a window before the start": (
+        {"sample_sde_window_size": 2, "sample_sde_window_start": -1},
+        "sample_sde_window_start = -1, but it must be finite and not negative.",
+    ),
+    "a window that never moves": (
+        {"sample_sde_window_size": 2, "sample_sde_window_interval": 0},
+        "sample_sde_window_interval = 0, but it must be at least 1.",
+    ),
+    "a window without a size": (
+        {"sample_sde_window_schedule": "random", "sample_sde_window_start": 2},
+        "sample_sde_window_schedule, sample_sde_window_start would do nothing: set sample_sde_window_size as well.",
+    ),
+    "a fraction that selects nothing of the window": (
+        {"sample_sde_window_size": 3, "train_timestep_fraction": 0.2},
+        "train_timestep_fraction = 0.2 of sample_sde_window_size = 3 selects no step. Give at least 0.334.",
+    ),
+    "an unknown window": ({"sample_sde_window_size": 2, "sample_sde_window_schedule": "fixd"}, "Did you mean 'fixed'?"),
+    "an unknown dtype": ({"model_dtype": "float16"}, "model_dtype = 'float16', but it must be one of None, fp32, bf16, fp16."),
+    "mixed timesteps of one sample": (
+        {"train_mixed_timesteps": True},
+        "train_mixed_timesteps = True with train_batch_size = 1: one sample cannot be at different timesteps. Raise train_batch_size to 2 or more.",
+    ),
+    "compiled and not re-anchored": (
+        {"torch_compile": True, "train_reanchor": False},
+        "torch_compile = True with train_reanchor = False: compiled graphs round differently with and without gradients, so the ratio would not be 1. "
+        "Leave train_reanchor out.",
+    ),
+    "a backend of nothing": (
+        {"torch_compile_backend": "aot_eager"},
+        "torch_compile_backend and torch_compile_mode would do nothing: set torch_compile = True.",
+    ),
+    "a mode of nothing": ({"torch_compile_mode": "reduce-overhead"}, "would do nothing: set torch_compile = True."),
+    "text encoders that train and are away": (
+        {"train_text_encoder": True, "sample_offload_encoders": True},
+        "train_text_encoder = True trains adapters on the text encoders in every update; it does not go with sample_offload_encoders = True.",
+    ),
+    "adapters on text encoders beside full fine-tuning": (
+        {"train_text_encoder": True, "train_use_lora": False},
+        "it does not go with train_use_lora = False.",
+    ),
+    "a rank of no adapter": (
+        {"train_use_lora": False, "train_lora_rank": 8},
+        "train_lora_rank and train_lora_alpha would do nothing with train_use_lora = False.",
+    ),
+    "an alpha of no adapter": ({"train_use_lora": False, "train_lora_alpha": 8}, "would do nothing with train_use_lora = False."),
+    "a rank of nothing": ({"train_lora_rank": 0}, "train_lora_rank = 0, but it must be at least 1, or None for 4."),
+    "an alpha of nothing": ({"train_lora_alpha": 0}, "train_lora_alpha = 0, but it must be at least 1, or None for the rank."),
+    "a reward that scores while it is away": (
+        {"reward_offload": True, "async_reward_computation": True},
+        "reward_offload = True keeps the reward off the device while images are sampled, and async_reward_computation = True scores just then. Choose one.",
+    ),
     "broken JSON": ({"sample_call_kwargs": "{height: 512}"}, "sample_call_kwargs = '{height: 512}' is not JSON"),
     "JSON of another kind": ({"tracker_kwargs": "[1]"}, "tracker_kwargs must be a dict, given: [1]"),
 }  # fmt: skip

@@ -3,7 +3,13 @@
 import datasets
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler, PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    HeunDiscreteScheduler,
+    PyramidAttentionBroadcastConfig,
+    apply_pyramid_attention_broadcast,
+)
+from peft import LoraConfig
 from tiny import stable_diffusion
 
 from dpok_trl import RatioError, RewardError
@@ -287,3 +293,40 @@ def test_the_pipeline_is_as_it_was(interrupted, make_trainer, tmp_path):
     if interrupted is not None:  # and it can go on
         trainer.reward_fn = brightness
         assert trainer.step(0, 0) == 1
+
+
+# ---------------------------------------------------------------- settings that do not fit the pipeline
+
+
+@pytest.mark.parametrize("option", ["slicing", "tiling"])
+def test_a_vae_that_does_not_know_the_option(option, make_trainer):
+    pipe = stable_diffusion()
+    pipe.vae = AsymmetricAutoencoderKL(
+        down_block_out_channels=(8, 16),
+        up_block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    pipe.vae.__dict__.pop(f"use_{option}", None)
+    with pytest.raises(
+        ValueError,
+        match=f"sample_vae_{option} = True, but AsymmetricAutoencoderKL knows no {option} in this StableDiffusionPipeline. Set it to False",
+    ):
+        make_trainer(pipe=pipe, **{f"sample_vae_{option}": True})
+
+
+def test_a_pipeline_without_a_vae(make_trainer):
+    pipe = stable_diffusion()
+    pipe.vae = None
+    with pytest.raises(
+        ValueError, match="sample_vae_tiling = True, but there is no VAE in this StableDiffusionPipeline"
+    ):
+        make_trainer(pipe=pipe, sample_vae_tiling=True)
+
+
+def test_a_peft_config_beside_full_fine_tuning(make_trainer):
+    with pytest.raises(
+        ValueError, match="a peft_config was given, and train_use_lora = False trains the denoiser's own"
+    ):
+        make_trainer(peft_config=LoraConfig(target_modules=["to_k"]), train_use_lora=False)

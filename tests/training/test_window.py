@@ -130,3 +130,18 @@ def test_the_ratio_is_1_and_a_random_window_is_resumed(make_trainer, adapter, li
     second.train(resume_from_checkpoint=True)
     end = adapter(whole)
     assert all(torch.equal(value, end[name]) for name, value in adapter(second).items())
+
+
+def test_the_learning_rate_falls_to_the_end_of_the_run(make_trainer, lines):
+    """The schedule is as long as the run: the optimizer steps of a window of 2 are counted, not those of 5 steps."""
+    trainer = make_trainer(
+        num_epochs=2,
+        sample_num_steps=5,
+        sample_sde_window_size=2,
+        train_timesteps_per_update=1,
+        train_learning_rate=0.1,
+        train_lr_scheduler="linear",
+    )
+    trainer.train()
+    rates = [line["learning_rate"] for line in lines(trainer, "learning_rate")]
+    assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025])

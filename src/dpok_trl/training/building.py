@@ -32,6 +32,10 @@ def build_policy(
     Raises:
         `ValueError`: For settings that do not fit the pipeline; the message says what to change.
     """
+    if peft_config is not None and not config.train_use_lora:
+        raise ValueError(
+            "a peft_config was given, and train_use_lora = False trains the denoiser's own weights. Leave out the one or the other."
+        )
     hooks = PipelineHooks() if hooks is None else hooks
     tuned = tune(
         pipe,
@@ -49,9 +53,9 @@ def build_policy(
         for network in [*tuned.denoisers.values(), *tuned.frozen.values()]:
             network.compile(backend=config.torch_compile_backend, mode=config.torch_compile_mode)
     if config.sample_vae_slicing:
-        pipe.vae.enable_slicing()
+        _vae_that_knows(pipe, "slicing").enable_slicing()
     if config.sample_vae_tiling:
-        pipe.vae.enable_tiling()
+        _vae_that_knows(pipe, "tiling").enable_tiling()
     return Policy(
         pipe,
         tuned,
@@ -64,6 +68,14 @@ def build_policy(
         fp32_latents=config.sample_fp32_latents,
         hooks=hooks,
     )
+
+
+def _vae_that_knows(pipe: DiffusionPipeline, option: str) -> torch.nn.Module:
+    vae = pipe.components.get("vae")
+    if not hasattr(vae, f"use_{option}"):
+        what = "there is no VAE" if vae is None else f"{type(vae).__name__} knows no {option}"
+        raise ValueError(f"sample_vae_{option} = True, but {what} in this {type(pipe).__name__}. Set it to False.")
+    return vae
 
 
 def _call_kwargs(config: DPOKConfig, pipe: DiffusionPipeline) -> dict[str, Any]:

@@ -321,9 +321,7 @@ class DPOKConfig:
     )
 
     # --- the Hub
-    push_to_hub: bool = field(
-        default=False, metadata={"help": "Push the model to `hub_model_id` when training ends."}
-    )
+    push_to_hub: bool = field(default=False, metadata={"help": "Push the model to `hub_model_id` when training ends."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Repository on the Hub, such as me/rabbit-lora."})
     hub_private_repo: bool | None = field(
         default=None, metadata={"help": "Make a new repository private. None: the account's default."}
@@ -429,6 +427,11 @@ class DPOKConfig:
                 f"sample_sde_window_size = {size} from sample_sde_window_start = {start} does not lie in the {self.sample_num_steps} steps of "
                 f"sample_num_steps. The size must be between 1 and {max(1, self.sample_num_steps - start)}."
             )
+        if int(size * self.train_timestep_fraction) < 1:
+            raise ValueError(
+                f"train_timestep_fraction = {self.train_timestep_fraction} of sample_sde_window_size = {size} selects no step. Give at least "
+                f"{smallest_fraction(size)}."
+            )
 
     def _check_combinations(self) -> None:
         self._check_window()
@@ -491,10 +494,17 @@ class DPOKConfig:
             "guidance_scale",
             "negative_prompt",
         }  # the policy refuses what has no field at all
-        given = sorted(clash & set(self.sample_call_kwargs))
-        if given:
+        columns = self.sample_call_columns or []
+        for name, arguments in (("sample_call_kwargs", self.sample_call_kwargs), ("sample_call_columns", columns)):
+            given = sorted(clash & set(arguments))
+            if given:
+                raise ValueError(
+                    f"{name} must not hold {', '.join(given)}: the trainer sets it from a field of its own."
+                )
+        twice = sorted(set(self.sample_call_kwargs) & set(columns))
+        if twice:
             raise ValueError(
-                f"sample_call_kwargs must not hold {', '.join(given)}: the trainer sets it from a field of its own."
+                f"sample_call_kwargs and sample_call_columns both hold {', '.join(twice)}; it is either the same for every image or not."
             )
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub = True needs hub_model_id, such as 'me/rabbit-lora'.")

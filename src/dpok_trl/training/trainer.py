@@ -505,12 +505,13 @@ class DPOKTrainer(PublishingMixin):
     # ---------------------------------------------------------------- small parts
 
     def _updates_per_pass(self) -> int:
-        """Optimizer steps of a pass, for the length of the learning-rate schedule; as if every step of the grid were stochastic, since the
-        grid is known only once the pipeline has run."""
+        """Optimizer steps of a pass, for the length of the learning-rate schedule; as if every step of the grid, or of the window in it, were
+        stochastic, since the grid is known only once the pipeline has run."""
         config = self.config
         samples = config.sample_batch_size * config.sample_num_batches_per_epoch
         batches = samples // (config.train_batch_size * config.train_gradient_accumulation_steps)
-        steps = int(config.sample_num_steps * config.train_timestep_fraction)
+        stochastic = config.sample_sde_window_size or config.sample_num_steps
+        steps = int(stochastic * config.train_timestep_fraction)
         return batches * math.ceil(steps / (config.train_timesteps_per_update or steps))
 
     def _arguments(self, metadata: Sequence[Any]) -> dict[str, list[Any]]:
