@@ -164,8 +164,9 @@ def load(pipe, folder):
     if (folder / LORA_FILE).exists():
         pipe.load_lora_weights(folder)
     for name, denoiser in PipelineHooks().denoisers(pipe).items():
-        if (folder / name / LORA_FILE).exists():  # the second expert
-            pipe.load_lora_weights(folder, subfolder=name, load_into_transformer_2=True)
+        second = LORA_FILE.replace(".", f"_{name}.")
+        if (folder / second).exists():  # the second expert
+            pipe.load_lora_weights(folder, weight_name=second, load_into_transformer_2=True)
         if (folder / name / PEFT_FILE).exists():  # a family without a LoRA loader
             setattr(pipe, name, PeftModel.from_pretrained(denoiser, folder / name))
 

@@ -40,20 +40,36 @@ def test_each_prompt_is_encoded_once_and_a_replay_not_at_all():
     memo = PromptMemo(encoder.encode_prompt)
     memo((["a", "bb", "a", "a"],), {})
     assert encoder.calls == [["a"], ["a", "a"], ["a", "bb"]]  # two to measure the batch, one for the distinct prompts
+    memo((["a", "a", "bb"],), {})
+    assert len(encoder.calls) == 3  # the same distinct prompts
     output, record = memo((), {"prompt": ["ccc", "bb"]})
-    assert encoder.calls[3:] == [["ccc"]]
+    assert encoder.calls[3:] == [["ccc", "bb"]]  # in other company a prompt may be padded to another length
     assert output[0][:, 0, 0].tolist() == [3, 2] and output[1][0, :, 0].tolist() == [3, 2]
     assert record.select([1, 1])[0][:, 0, 0].tolist() == [2, 2]
     assert [len(entry) for entry in record.select([1])[2]] == [2]
     assert len(encoder.calls) == 4
 
 
-def test_prompts_padded_to_another_length_are_encoded_together():
+def test_what_is_given_does_not_depend_on_what_was_encoded_before():
     encoder = Encoder(padded=True)
     memo = PromptMemo(encoder.encode_prompt)
-    memo((["a"],), {})
-    output, _ = memo((["a", "dddd"],), {})
-    assert encoder.calls[-1] == ["a", "dddd"] and output[0].shape == (2, 4, 3)
+    for prompts in (["a"], ["a", "dddd"], ["a"]):
+        output, _ = memo((prompts,), {})
+        assert torch.equal(output[0], Encoder(padded=True).encode_prompt(prompts)[0])
+
+
+def test_lists_of_words_that_are_no_prompts_are_plain_arguments():
+    """Sana hands a list of instructions over, as long as some batches."""
+    calls = []
+
+    def encode_prompt(prompt, instruction=None):
+        calls.append((prompt, instruction))
+        return (torch.tensor([[float(len(p))] for p in prompt]),)
+
+    memo = PromptMemo(encode_prompt)
+    output, record = memo((["a", "bb"],), {"instruction": ["be", "kind"]})
+    assert output[0].flatten().tolist() == [1, 2] and record is not None
+    assert [instruction for _, instruction in calls] == [["be", "kind"]] * 3
 
 
 def test_a_row_count_that_equals_another_dimension_does_not_confuse():

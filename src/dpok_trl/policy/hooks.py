@@ -53,6 +53,10 @@ class PipelineHooks:
 
     def images(self, output: Any) -> torch.Tensor:
         """The images `(B, 3, H, W)` or videos `(B, F, 3, H, W)`, in [0, 1], from what the call returned."""
+        if type(output) is dict:  # an output of diffusers is one too, that can be asked for its first entry
+            raise UnsupportedPipelineError(
+                f"the pipeline gave a dict of {', '.join(output)} in place of a tuple with the images. Say where they are with `PipelineHooks.images`."
+            )
         images = output[0]
         if isinstance(images, np.ndarray):  # of older pipelines, channels last
             return torch.from_numpy(images).movedim(-1, -3)

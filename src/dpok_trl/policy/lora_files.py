@@ -32,8 +32,8 @@ def save_lora(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module], folder:
     comes back at another strength.
 
     * `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(folder)`, which holds all components that the family's loader knows;
-    * `<name>/pytorch_lora_weights.safetensors` for a second network of the same kind (the second expert of Wan 2.2:
-      `pipe.load_lora_weights(folder, subfolder="transformer_2", load_into_transformer_2=True)`);
+    * `pytorch_lora_weights_<name>.safetensors` for a second network of the same kind (the second expert of Wan 2.2:
+      `pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights_transformer_2.safetensors", load_into_transformer_2=True)`);
     * `<name>/adapter_model.safetensors` and its config for `peft.PeftModel.from_pretrained(pipe.<name>, f"{folder}/<name>")`, where diffusers has no
       LoRA file for the family.
     """
@@ -43,7 +43,7 @@ def save_lora(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module], folder:
         if place == name:
             together.update(_arguments(name, module))
         elif place is not None:
-            type(pipe).save_lora_weights(str(Path(folder) / name), **_arguments(place, module))
+            type(pipe).save_lora_weights(str(folder), **_arguments(place, module), weight_name=_file_of(name))
         else:
             _save_peft(module, Path(folder) / name)
     if together:
@@ -63,7 +63,7 @@ def load_lora(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module], folder:
         elif place == name:
             file, prefix = Path(folder) / LORA_FILE, f"{name}."
         else:
-            file, prefix = Path(folder) / name / LORA_FILE, f"{place}."
+            file, prefix = Path(folder) / _file_of(name), f"{place}."
         tensors = {key.removeprefix(prefix): value for key, value in load_file(file).items() if key.startswith(prefix)}
         load_lora_state_dict(module, tensors)
 
@@ -76,9 +76,13 @@ def loading_code(pipe: DiffusionPipeline, names: Iterable[str], repository: str)
         if place == name:
             lines.append(f'pipe.load_lora_weights("{repository}")')
         elif place is not None:
-            lines.append(f'pipe.load_lora_weights("{repository}", subfolder="{name}", load_into_{name}=True)')
+            lines.append(
+                f'pipe.load_lora_weights("{repository}", weight_name="{_file_of(name)}", load_into_{name}=True)'
+            )
         else:
-            lines.append(f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, "{repository}", subfolder="{name}")  # from peft')
+            lines.append(
+                f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, "{repository}", subfolder="{name}")  # from peft'
+            )
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -103,6 +107,10 @@ def load_lora_state_dict(module: nn.Module, state_dict: dict[str, torch.Tensor])
             f"and {shapes.get(key, 'nothing')} here. Use the `peft_config` (or train_lora_rank) that it was trained with."
         )
     set_peft_model_state_dict(module, state_dict, adapter_name=adapter_name(module))
+
+
+def _file_of(name: str) -> str:
+    return LORA_FILE.replace(".", f"_{name}.")
 
 
 def _place_of(pipe: DiffusionPipeline, name: str) -> str | None:

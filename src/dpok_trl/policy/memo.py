@@ -64,26 +64,6 @@ def select_rows(tree: Any, axes: Any, rows: Sequence[int]) -> Any:
     return type(tree)(select_rows(leaf, axis, rows) for leaf, axis in zip(tree, axes, strict=True))
 
 
-def shapes_beside(axes: Any, tree: Any) -> Any:
-    """The sizes of a nested output but for its batch dimension."""
-    if axes is None or isinstance(axes, str):
-        return None
-    if isinstance(axes, int):
-        return [size for dim, size in enumerate(tree.shape) if dim != axes]
-    return [shapes_beside(axis, leaf) for axis, leaf in zip(axes, tree, strict=True)]
-
-
-def concatenate_rows(trees: Sequence[Any], axes: Any) -> Any:
-    """Joins outputs row by row; they must agree in [`shapes_beside`]."""
-    if axes is None or axes == NOTHING:
-        return trees[0]
-    if axes == LIST:
-        return [row for tree in trees for row in tree]
-    if isinstance(axes, int):
-        return torch.cat(list(trees), dim=axes)
-    return type(trees[0])(concatenate_rows([tree[i] for tree in trees], axis) for i, axis in enumerate(axes))
-
-
 @dataclass(frozen=True)
 class Encoded:
     """One call of `encode_prompt` in a rollout: its output for the distinct rows, and which of them each sample has."""
@@ -104,29 +84,30 @@ def _has_lists(axes: Any) -> bool:
 
 
 class PromptMemo:
-    """Stands in for `pipe.encode_prompt` and encodes each distinct prompt once, however many images are drawn for it.
+    """Stands in for `pipe.encode_prompt` and encodes each distinct prompt of a call once, however many images are drawn for it.
 
-    Calls that hand over anything but text (ready-made embeddings, images), and those whose output has no rows that could be told apart (cumulative
-    lengths), are passed on unchanged and not remembered.
+    A call is remembered as a whole and not prompt by prompt: a pipeline that pads to the longest prompt without a mask gives a prompt another embedding
+    in another company, and what is drawn must not depend on what was encoded before. Calls that hand over anything but text (ready-made embeddings,
+    images), and those whose output has no rows that could be told apart (cumulative lengths), are passed on unchanged and not remembered.
     """
 
     def __init__(self, encode_prompt: Callable[..., Any]):
         self.encode_prompt = encode_prompt
         self.signature = inspect.signature(encode_prompt)
         self._axes: dict[Any, Any] = {}
-        self._rows: OrderedDict[Any, Any] = OrderedDict()
+        self._calls: OrderedDict[Any, tuple[Any, Any]] = OrderedDict()  # kind and distinct rows -> output and its axes
 
     def clear(self) -> None:
         """Forgets every embedding (after the text encoder changed)."""
-        self._rows.clear()
+        self._calls.clear()
 
     def __call__(self, args: tuple, kwargs: dict) -> tuple[Any, Encoded | None]:
         """Returns what `encode_prompt(*args, **kwargs)` returns, and a record of it (`None` where it was passed on)."""
         arguments = self.signature.bind(*args, **kwargs).arguments
-        text = {name: value for name, value in arguments.items() if _is_list_of_text(value)}
+        text = {name: value for name, value in arguments.items() if "prompt" in name and _is_list_of_text(value)}
         counts = {"batch_size"} & set(arguments)  # some pipelines say beside the prompts how many they are
-        others = tuple((name, value) for name, value in arguments.items() if name not in text and name not in counts)
-        if len({len(value) for value in text.values()}) != 1 or not all(_is_plain(value) for _, value in others):
+        others = {name: value for name, value in arguments.items() if name not in text and name not in counts}
+        if len({len(value) for value in text.values()}) != 1 or not all(map(_is_plain, others.values())):
             return self.encode_prompt(*args, **kwargs), None
 
         def encode(rows: Sequence[tuple[str, ...]]) -> Any:
@@ -135,57 +116,24 @@ class PromptMemo:
 
         samples = list(zip(*text.values(), strict=True))
         distinct = list(dict.fromkeys(samples))
-        kind = (tuple(text), others, _autocast())
+        kind = (tuple(text), repr(others), _autocast())
         if kind not in self._axes:
             self._axes[kind] = batch_axes(encode(distinct[:1]), encode(distinct[:1] * 2))
         if self._axes[kind] is NO_ROWS:
             return self.encode_prompt(*args, **kwargs), None
+        key = (kind, tuple(distinct))
+        if key not in self._calls:
+            output = encode(distinct)
+            axes = self._axes[kind]
+            if not fits(axes, output):
+                axes = batch_axes(output, encode(distinct * 2), len(distinct))
+            self._calls[key] = output, axes
+        self._calls.move_to_end(key)
+        while sum(len(rows) for _, rows in self._calls) > MAX_CACHED_PROMPTS and len(self._calls) > 1:
+            self._calls.popitem(last=False)
         position = {row: index for index, row in enumerate(distinct)}
-        output, axes = self._encode_missing(distinct, kind, encode)
-        record = Encoded(output, axes, tuple(position[s] for s in samples))
+        record = Encoded(*self._calls[key], tuple(position[sample] for sample in samples))
         return record.select(None), record
-
-    def _encode_missing(self, distinct: list, kind: Any, encode: Callable) -> tuple[Any, Any]:
-        """The output for distinct rows, from those that are remembered and the others, and where its batch lies."""
-        axes = self._axes[kind]
-        together = (kind, tuple(distinct))
-        if together in self._rows:
-            return self._rows[together]
-        missing = [row for row in distinct if (kind, row) not in self._rows]
-        if missing:
-            encoded = encode(missing)
-            if not fits(axes, encoded):
-                return self._encode_together(together, distinct, encode)
-            for index, row in enumerate(missing):
-                self._rows[kind, row] = select_rows(encoded, axes, [index])
-        found = []
-        for row in distinct:
-            self._rows.move_to_end((kind, row))
-            found.append(self._rows[kind, row])
-        self._forget_oldest(len(distinct))
-        if len(missing) == len(distinct):
-            return encoded, axes
-        if len({repr(shapes_beside(axes, row)) for row in found}) == 1:
-            return concatenate_rows(found, axes), axes
-        encoded = encode(distinct)  # encoded at another time and padded to another length: now together
-        return (encoded, axes) if fits(axes, encoded) else self._encode_together(together, distinct, encode)
-
-    def _encode_together(self, together: Any, distinct: list, encode: Callable) -> tuple[Any, Any]:
-        """For an output that has one structure for a row alone and another for these rows: remembered as a whole."""
-        encoded = encode(distinct)
-        axes = batch_axes(encoded, encode(distinct * 2), len(distinct))
-        self._rows[together] = encoded, axes
-        self._forget_oldest(1)
-        return encoded, axes
-
-    def _forget_oldest(self, needed: int) -> None:
-        while len(self._rows) > max(MAX_CACHED_PROMPTS, needed):
-            self._rows.popitem(last=False)
-
-
-def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
-    """Under autocast an encoder gives other embeddings, and some pipelines hand them on in its dtype."""
-    return tuple((device, torch.get_autocast_dtype(device)) for device in DEVICES if torch.is_autocast_enabled(device))
 
 
 def _is_list_of_text(value: Any) -> bool:
@@ -193,6 +141,11 @@ def _is_list_of_text(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_plain(item) for item in value)
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
     return value is None or isinstance(value, (str, int, float, bool, torch.device, torch.dtype))
+
+
+def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
+    """Under autocast an encoder gives other embeddings, and some pipelines hand them on in its dtype."""
+    return tuple((device, torch.get_autocast_dtype(device)) for device in DEVICES if torch.is_autocast_enabled(device))
