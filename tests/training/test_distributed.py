@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dpok_trl.results.runlog import read_metrics
 
@@ -124,3 +125,26 @@ def test_a_prompt_function_that_fails_in_one_process_stops_both(ranks):
     (zero, one), _ = ranks
     assert one["fails in the prompts"] == "KeyError: 'no such prompt'"
     assert zero["fails in the prompts"] == "RuntimeError: process 1 failed with KeyError: 'no such prompt'"
+
+
+@pytest.mark.parametrize("name", ["full", "text"])
+def test_both_processes_have_the_same_weights_whatever_is_trained(ranks, name):
+    """Full fine-tuning, and adapters on the text encoder too, resumed half-way."""
+    (zero, one), folder = ranks
+    assert same(zero[name], one[name])
+    start, end = zero[name]["start"], zero[name]["end"]
+    assert all(not torch.equal(value, end[key]) for key, value in start.items() if "lora_A" not in key)
+    if name == "text":
+        assert any(key.startswith("networks.text_encoder.") for key in end)
+        names = list(load_file(folder / name / "checkpoint-4" / "pytorch_lora_weights.safetensors"))
+        assert {key.split(".")[0] for key in names} == {"unet", "text_encoder"}
+    else:
+        assert all(torch.equal(value, start[f"networks.unet.{key}"]) for key, value in zero[name]["frozen"].items())
+        assert (folder / name / "checkpoint-4" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["full", "text"])
+def test_two_processes_train_more_than_the_denoisers_adapter(ranks, name):
+    _, folder = ranks
+    lines = [line for line in read_metrics(folder / name) if "loss" in line]
+    assert lines[0]["policy/ratio_deviation_max"] == lines[0]["kl"] == 0.0 < lines[-1]["kl"]

@@ -160,11 +160,23 @@ def failing_reward(out):
     trainer.accelerator.wait_for_everyone()
 
 
+def other_networks(out):
+    """Full fine-tuning, and adapters on the text encoder: two epochs, the second after a resume."""
+    for name, settings in (("full", {"train_use_lora": False}), ("text", {"train_text_encoder": True})):
+        for epochs in (1, 2):
+            trainer = make(name, train_learning_rate=1e-3, train_num_inner_epochs=1, num_epochs=2, **settings)
+            start = adapter(trainer)
+            trainer.train(epochs=epochs, resume_from_checkpoint=epochs == 2)
+        frozen = {n: p.clone() for module in trainer.tuned.frozen.values() for n, p in module.named_parameters()}
+        out[name] = {"start": start, "end": adapter(trainer), "frozen": frozen}
+
+
 def main():
     out = {"settings": RUN, "prompts": PROMPTS}
     whole_run(out)
     interrupted_run(out)
     failing_reward(out)
+    other_networks(out)
     trainer = make("last", num_epochs=1)
     out["processes"], rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
     torch.save(out, FOLDER / f"rank-{rank}.pt")
