@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+BENCH ?= floor reentry memory
 
 # One thread per process: the suite runs in two processes, and tiny tensors gain nothing from more.
 TEST_ENV := OMP_NUM_THREADS=1
@@ -38,8 +39,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict src/dpok_trl/core
 
+# make bench BENCH=reentry ARGS="--sd15"
 bench: $(STAMP)
-	$(BIN)/python benchmarks/floor.py $(ARGS)
+	for name in $(BENCH); do $(BIN)/python benchmarks/$$name.py $(ARGS) || exit 1; done
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"

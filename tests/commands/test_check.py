@@ -11,6 +11,7 @@ from diffusers import (
     FluxPipeline,
     HeunDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
+    WanImageToVideoPipeline,
 )
 from PIL import Image
 from zoo import build
@@ -213,6 +214,13 @@ def test_what_is_no_pipeline(tmp_path, capsys):
 def test_arguments_that_do_not_fit(saved, capsys, argv, words):
     assert cli.main(["check", str(saved), *QUICK, *argv]) == cli.USER_ERROR
     assert words in capsys.readouterr().err
+
+
+def test_a_picture_that_is_missing(tmp_path, capsys):
+    build(WanImageToVideoPipeline).save_pretrained(tmp_path)
+    assert cli.main(["check", str(tmp_path), *QUICK]) == cli.USER_ERROR
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "missing 1 required positional argument: 'image'" in error and "--picture NAME=FILE" in error
 
 
 def test_too_little_memory(saved, capsys, monkeypatch):

@@ -107,6 +107,10 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"{device} has too little memory. Try --dtype bf16, one --prompt instead of {len(prompts)}, or a smaller --height and --width."
         ) from error
+    except TypeError as error:  # what pipelines raise for a picture that they miss
+        raise ValueError(
+            f"the call of {type(pipe).__name__} fails: {error}. Give its arguments with --set NAME=VALUE and --picture NAME=FILE."
+        ) from error
     print(f"\n{report}\n\n{verdict(report, args, scheduler_line)}")
     if report.ok and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
