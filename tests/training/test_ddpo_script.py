@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import stable_diffusion
+
+from dpok_trl import DefaultDPOKStableDiffusionPipeline
 
 
 SCRIPT = Path(__file__).parent / "ddpo_user_script.py"
@@ -80,3 +83,18 @@ def test_a_saved_adapter_beside_the_base_is_trained_on(run, tmp_path):
     pairs = list(zip(first.trainable_layers, second.trainable_layers, strict=True))
     assert all(torch.equal(a, b) for a, b in pairs) and len(pairs) > 0
     assert second.sd_pipeline.sd_pipeline is second.pipeline  # DDPO's attribute: the wrapper that was handed over
+
+
+def test_use_lora_false_of_the_pipeline_class_trains_all_weights(make_trainer, tmp_path):
+    stable_diffusion().save_pretrained(tmp_path / "base")
+    pipe = DefaultDPOKStableDiffusionPipeline(str(tmp_path / "base"), use_lora=False)
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    trainer = make_trainer(pipe=pipe)
+    assert trainer.config.train_use_lora is False
+    trainer.train()
+    assert all(not torch.equal(value, before[name]) for name, value in pipe.unet.named_parameters())
+    trainer.save_pretrained(tmp_path / "tuned")
+    again = StableDiffusionPipeline.from_pretrained(tmp_path / "tuned").unet.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in pipe.unet.state_dict().items())
+    with pytest.raises(ValueError, match="train_lora_rank and train_lora_alpha would do nothing with train_use_lora"):
+        make_trainer(pipe=pipe, train_lora_rank=8)

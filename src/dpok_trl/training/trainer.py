@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,9 @@ class DPOKTrainer(PublishingMixin):
             )
         if config.reward_offload:
             reward_function.to("cpu")  # where it is between two rounds of scoring
+        wrapper = sd_pipeline if isinstance(sd_pipeline, DefaultDPOKStableDiffusionPipeline) else None
+        if wrapper is not None and not wrapper.use_lora:
+            config = replace(config, train_use_lora=False)  # where DDPO says it
         self.config = config
         self.reward_fn = reward_function
         self.image_samples_callback = image_samples_hook
@@ -103,7 +107,6 @@ class DPOKTrainer(PublishingMixin):
         )
 
         set_seed(config.seed)  # the adapter is initialised alike on all processes
-        wrapper = sd_pipeline if isinstance(sd_pipeline, DefaultDPOKStableDiffusionPipeline) else None
         self.pipeline = load_pipeline(sd_pipeline if wrapper is None else wrapper.sd_pipeline, config.model_dtype)
         self.sd_pipeline = self.pipeline if wrapper is None else wrapper  # DDPO's name
         self.pipeline.to(self.accelerator.device)
