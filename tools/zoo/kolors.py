@@ -13,8 +13,8 @@ from zoo.registry import argument, component
 from zoo.stable_diffusion import WIDTH, unet
 
 
-TOKENS = 24
-SPECIAL.update({"Kolors*": {"max_sequence_length": TOKENS}, "KolorsImg2Img*": {"image": picture(), "strength": 0.8}})
+TOKENS = 256  # the pipeline's own length, which its call does not pass on
+SPECIAL.update({"KolorsImg2Img*": {"image": picture(), "strength": 0.8}})
 
 
 class PositionTokenizer(Qwen2Tokenizer):
