@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import scan_pipelines as scan
 import torch
+import untouched
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from zoo import build, call_arguments
 
@@ -64,7 +65,7 @@ def test_the_table_is_what_the_tool_writes(name):
     assert (now["verdict"], now["scheduler"], now["ratio"]) == (row["verdict"], row["scheduler"], row["ratio"])
     assert bool(now["path"]) == bool(row["path"])  # a rounding error, which depends on the processor
     if row["verdict"].startswith(f"**{scan.PASSES}**"):
-        assert row["ratio"] == "0" and float(row["path"]) <= scan.SAME_PATH
+        assert row["ratio"] == "0" and float(row["path"]) <= untouched.SAME_PATH
 
 
 # ---------------------------------------------------------------- pipelines that must not pass
@@ -115,11 +116,11 @@ def test_the_pipeline_they_are_made_from_passes():
 
 def test_differences():
     one = {"a": (torch.ones(2), "text", 1), "b": [torch.full((2,), 4.0)]}
-    assert scan.largest_difference(one, {"a": (torch.ones(2), "text", 1), "b": [torch.full((2,), 5.0)]}) == 0.2
+    assert untouched.largest_difference(one, {"a": (torch.ones(2), "text", 1), "b": [torch.full((2,), 5.0)]}) == 0.2
     for other in (
         {"a": one["a"]},
         {**one, "b": one["a"]},
         {**one, "b": [torch.ones(3)]},
         {**one, "a": (*one["a"][:2], 2)},
     ):
-        assert scan.largest_difference(one, other) == float("inf")
+        assert untouched.largest_difference(one, other) == float("inf")

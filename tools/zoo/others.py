@@ -8,6 +8,7 @@ from pathlib import Path
 from diffusers import (
     AmusedScheduler,
     AutoencoderKL,
+    BlockRefinementScheduler,
     HeunDiscreteScheduler,
     PriorTransformer,
     Transformer2DModel,
@@ -271,6 +272,22 @@ def shap_e_renderer() -> ShapERenderer:
         n_output=12,
         background=(0.1,) * 3,
     )
+
+
+# ---------------------------------------------------------------- diffusion of text
+
+
+@argument("model", "LLaDA2*", "DiffusionGemma*")
+@argument("processor", "DiffusionGemma*")
+def no_language_model() -> None:
+    """They write text, so it does not matter which."""
+    return None
+
+
+@component("BlockRefinementScheduler")
+@argument("scheduler", "DiffusionGemma*")
+def block_refinement_scheduler() -> BlockRefinementScheduler:
+    return BlockRefinementScheduler()
 
 
 # ---------------------------------------------------------------- FLUX Kontext and Redux
