@@ -33,7 +33,7 @@ SPECIAL.update(
     {
         "HunyuanDiT*": {"use_resolution_binning": False},
         "HunyuanDiTControlNet*": {"control_image": picture()},
-        "HunyuanImageRefiner*": {"image": picture(size=32), "height": 32, "width": 32},
+        "HunyuanImageRefiner*": {"image": [picture(seed, size=32) for seed in range(2)], "height": 32, "width": 32},
         "HunyuanVideo*": {"num_frames": FRAMES},
         "HunyuanVideoPipeline": {
             "prompt_template": SHORT_TEMPLATE,

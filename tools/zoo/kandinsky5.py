@@ -19,7 +19,7 @@ SPECIAL.update(
         "Kandinsky5?2I*": {"height": 640, "width": 1408, "num_inference_steps": 2},
         "Kandinsky5I2I*": {"image": [picture(seed, size=64) for seed in range(2)]},
         "Kandinsky5?2V*": {"num_frames": 5, "height": 32, "width": 32},
-        "Kandinsky5I2V*": {"image": picture(size=32), "num_frames": 17},
+        "Kandinsky5I2V*": {"image": [picture(seed, size=32) for seed in range(2)], "num_frames": 17},
     }
 )
 
