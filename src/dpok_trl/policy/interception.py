@@ -152,7 +152,8 @@ NOISE_ARGUMENTS = frozenset({"eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "v
 
 def _refuse_arguments_of_step(pipe: DiffusionPipeline, args: tuple, kwargs: dict) -> None:
     """Raises [`UnsupportedPipelineError`] for arguments of `scheduler.step` that make it another step than the one of its grid."""
-    unknown = [name for name, value in kwargs.items() if name not in NOISE_ARGUMENTS and value not in (None, False)]
+    given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+    unknown = [name for name in given if name not in NOISE_ARGUMENTS]
     if args or unknown:
         raise UnsupportedPipelineError(
             f"{type(pipe).__name__} hands `scheduler.step` more than the model output, the timestep and the latents ({', '.join(unknown) or 'positional arguments'}), so its "

@@ -133,6 +133,7 @@ class Replayer:
         action = self.action(index)
         if index in self.steps:
             self._check(index, model_output, sample)
+            torch.set_grad_enabled(self.with_grad)  # a pipeline may leave a `no_grad` of its own behind the denoiser
             distribution, _ = self.recording.distribution(model_output, sample, self.grid_index(index))
             log_prob = distribution.log_prob(action, self.reduction)
             self.outputs[index] = ReplayedStep(log_prob, distribution, model_output)
