@@ -229,8 +229,8 @@ def _video_settings(**kwargs) -> dict:
 
 
 @component("HunyuanVideoTransformer3DModel")
-def hunyuan_video_transformer() -> HunyuanVideoTransformer3DModel:
-    return HunyuanVideoTransformer3DModel(**_video_settings())
+def hunyuan_video_transformer(**kwargs) -> HunyuanVideoTransformer3DModel:
+    return HunyuanVideoTransformer3DModel(**_video_settings(**kwargs))
 
 
 @argument("transformer", "HunyuanSkyreels*")
