@@ -1,6 +1,7 @@
 """Full fine-tuning: all weights of the denoiser train, a frozen copy answers for the pretrained model."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +113,30 @@ def test_a_half_precision_base_has_fp32_master_weights_and_a_copy_of_its_own_dty
     assert (first["policy/ratio_deviation_max"], second["policy/ratio_deviation_max"]) == (0.0, 0.0)
     # without autocast the master weights compute in fp32 and the copy in bf16, and the KL starts at that rounding
     assert (first["kl"] == 0.0) if precision == "bf16" else (0.0 < first["kl"] < BF16_ROUNDING)
+
+
+@pytest.mark.parametrize(("dtype", "frozen"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_the_memory_that_the_docs_tell_of(dtype, frozen, make_trainer):
+    """Bytes for each parameter: weights, gradients, AdamW, frozen copy."""
+    trainer = make_trainer(pipe=stable_diffusion().to(dtype), **FULL)
+    gradients = []
+    clip = trainer.accelerator.clip_grad_norm_
+    trainer.accelerator.clip_grad_norm_ = lambda parameters, limit: (
+        gradients.extend(p.grad.nbytes for p in parameters) or clip(parameters, limit)
+    )
+    trainer.train()
+    count = sum(parameter.numel() for parameter in trainer.pipeline.unet.parameters())
+    states = trainer.optimizer.state_dict()["state"].values()
+    moments = sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
+    weights, copies = (
+        sum(p.nbytes for p in module.parameters()) for module in (trainer.pipeline.unet, trainer.tuned.frozen["unet"])
+    )
+    assert [size / count for size in (weights, sum(gradients), moments, copies)] == [4, 4, 8, frozen]
+    docs = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert (
+        "| full fine-tuning (`train_use_lora=False`) | 4 | 4 | 8 | 4, or 2 for a half-precision base | 20 or 18 |"
+        in docs
+    )
 
 
 def test_a_denoiser_with_an_adapter_is_refused(make_trainer):
