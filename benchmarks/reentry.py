@@ -3,11 +3,17 @@
     python benchmarks/reentry.py [--families sd flux ...] [--sd15] [--steps 50] [--repeats 15] [--threads 1] [--clock cpu]
 
 A replay walks the pipeline's whole loop and runs the network in the selected step only. Here it is the last stochastic one, so that all steps
-are walked. The same calls of the network, with the arguments that the replay gave it, are timed beside it, in turn, without gradients. What the
-replay takes longer is the overhead: the pipeline's own loop, drawing x_T, guidance, the scheduler, the log-probability.
+are walked. Timed in turn, at batch 1 and without gradients, are
+
+* the replay;
+* the network: the same calls of it, with the arguments that the replay gave it;
+* the loop: the replay once more, with the network's recorded answers in place of the network.
+
+What the replay takes longer than the network is the overhead: the pipeline's own loop, drawing x_T, guidance, the scheduler, the log-probability.
+The time of the loop alone is the same thing, without the noise of the network's time.
 
 Families are those of tests/pipelines/families.py, with tiny random networks; `--sd15` adds a UNet of the size of Stable Diffusion 1.5 on 64x64
-latents. A table in Markdown is printed: medians, and of the overhead the quartiles as well.
+latents. A table in Markdown is printed: medians, and of the loop's time the quartiles as well.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +48,7 @@ from dpok_trl.policy.tuning import tune  # noqa: E402
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 HEADER = """\
-| pipeline | loop steps | network, ms | replay, ms | overhead, ms | quartiles | of the network's time |
+| pipeline | steps walked | network, ms | replay less network, ms | loop alone, ms | quartiles | loop / network |
 |---|--:|--:|--:|--:|--:|--:|"""
 
 
@@ -64,20 +71,46 @@ def zeros(sample: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor
     return (torch.zeros_like(sample),)
 
 
-@contextmanager
-def recorded_calls(networks: list[torch.nn.Module]) -> Iterator[list[Callable[[], Any]]]:
-    """The calls of networks, to be made again."""
-    calls: list[Callable[[], Any]] = []
+class Recorded:
+    """The calls of networks within a block, and their answers: both can be had again.
 
-    def record(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        calls.append(lambda: module(*args, **kwargs))
+    Args:
+        networks (`list[torch.nn.Module]`)
+    """
 
-    handles = [network.register_forward_pre_hook(record, with_kwargs=True) for network in networks]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+    def __init__(self, networks: list[torch.nn.Module]):
+        self.networks = networks
+        self.calls: list[Callable[[], Any]] = []
+        self.answers: list[Any] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        def listen(module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            self.calls.append(lambda: module(*args, **kwargs))
+            self.answers.append(output)
+
+        handles = [network.register_forward_hook(listen, with_kwargs=True) for network in self.networks]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run(self) -> None:
+        for call in self.calls:
+            call()
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Within it the networks give their recorded answers, in turn, and do nothing."""
+        answers = cycle(self.answers)
+        for network in self.networks:
+            network.forward = lambda *args, **kwargs: next(answers)
+        try:
+            yield
+        finally:
+            for network in self.networks:
+                del network.forward
 
 
 def milliseconds(function: Callable[[], Any], clock: Callable[[], float]) -> float:
@@ -105,18 +138,23 @@ def row(
     if zero_rollout:
         del networks[0].forward
     last = [trajectory.steps[-1]]
-    with recorded_calls(networks) as calls:
+    recorded = Recorded(networks)
+    with recorded.listening():
         policy(trajectory, steps=last)  # warms up too
-    pairs = []
+    columns: dict[str, list[float]] = {"network": [], "replay": [], "loop": []}
     for _ in range(repeats):
-        bare = milliseconds(lambda: [again() for again in calls], clock)
-        pairs.append((bare, milliseconds(lambda: policy(trajectory, steps=last), clock)))
-    network, replay = (statistics.median(column) for column in zip(*pairs, strict=True))
-    overheads = [replay - bare for bare, replay in pairs]
-    low, middle, high = statistics.quantiles(overheads, n=4)
+        columns["network"].append(milliseconds(recorded.run, clock))
+        columns["replay"].append(milliseconds(lambda: policy(trajectory, steps=last), clock))
+        with recorded.answering():
+            columns["loop"].append(milliseconds(lambda: policy(trajectory, steps=last), clock))
+    network = statistics.median(columns["network"])
+    difference = statistics.median(
+        replay - bare for bare, replay in zip(columns["network"], columns["replay"], strict=True)
+    )
+    low, loop, high = statistics.quantiles(columns["loop"], n=4)
     return (
-        f"| {name} | {len(trajectory.latents) - 1} | {network:.2f} | {replay:.2f} | {middle:.2f} | {low:.2f} to {high:.2f} | "
-        f"{100 * middle / network:.1f} % |"
+        f"| {name} | {len(trajectory.latents) - 1} | {network:.2f} | {difference:.2f} | {loop:.2f} | {low:.2f} to {high:.2f} | "
+        f"{100 * loop / network:.3g} % |"
     )
 
 
