@@ -9,7 +9,6 @@ from zoo.hunyuan import CHANNELS, FRAMES, hunyuan_video_transformer
 from zoo.inputs import SPECIAL, picture
 from zoo.language_models import language_settings, qwen_tokenizer
 from zoo.registry import argument, component
-from zoo.stable_diffusion import TOKENS
 
 
 PICTURE_TOKENS = 4
@@ -19,7 +18,7 @@ SPECIAL.update(
         "HunyuanVideoImageToVideo*": {
             "image": [picture(0), picture(1)],  # one for each prompt
             "num_frames": FRAMES,
-            "max_sequence_length": TOKENS + 8,
+            "max_sequence_length": 64,
             # the pipeline cuts off three tokens before the prompt, and the four of the last header behind it
             "prompt_template": {
                 "template": "<|end_header_id|><image>:{}<|eot_id|><|start_header_id|>a<|end_header_id|>\n",
