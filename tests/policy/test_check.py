@@ -4,6 +4,10 @@ import pytest
 import tiny
 import torch
 from diffusers import HeunDiscreteScheduler
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from walks import call_arguments, image, pipeline
+from zoo.inputs import picture
+from zoo.wan import wan_transformer
 
 from dpok_trl import check_pipeline
 
@@ -61,3 +65,66 @@ def test_a_wrong_argument_is_raised_and_the_pipeline_restored():
     with pytest.raises(ValueError, match="takes no 'no_such_argument'"):
         check_pipeline(pipe, no_such_argument=1)
     assert set(pipe.unet.state_dict()) == keys
+
+
+# ---------------------------------------------------------------- what it is told
+
+
+def test_fp32_latents_are_checked_as_they_are_trained():
+    pipe = pipeline("StableDiffusionPipeline", torch.bfloat16)
+    call = call_arguments(pipe)
+    torch.manual_seed(0)  # of the check's adapter
+    rounded = check_pipeline(pipe, **call)
+    torch.manual_seed(0)
+    exact = check_pipeline(pipe, fp32_latents=True, **call)
+    assert rounded.ok and exact.ok
+    pairs = [(a.gradient_norm, b.gradient_norm) for a, b in zip(rounded.steps, exact.steps, strict=True)]
+    assert all(a != b and a == pytest.approx(b, rel=0.2) for a, b in pairs)
+    assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.bfloat16}
+
+
+def test_the_kind_and_the_amount_of_noise():
+    pipe = pipeline("StableDiffusion3Pipeline")
+    sde = check_pipeline(pipe, noise_level=0.3, **call_arguments(pipe))
+    more = check_pipeline(pipe, noise_level=0.6, **call_arguments(pipe))
+    assert [step.std for step in more.steps] == pytest.approx([2 * step.std for step in sde.steps])
+    cps = check_pipeline(pipe, kind="cps", eta=1.0, **call_arguments(pipe))
+    pipe.scheduler.set_timesteps(tiny.STEPS)
+    assert [step.std for step in cps.steps] == pytest.approx(pipe.scheduler.sigmas[1:-1].tolist())
+    assert sde.ok and more.ok and cps.ok
+
+
+def test_arguments_with_a_value_for_each_prompt():
+    pipe = pipeline("StableDiffusionImg2ImgPipeline")
+    call = {name: value for name, value in call_arguments(pipe).items() if name != "image"}
+    report = check_pipeline(pipe, prompts=["a", "b", "c"], arguments={"image": [picture(i) for i in range(3)]}, **call)
+    assert report.ok and len(report.steps) == 3
+    with pytest.raises(ValueError, match="'image' has 2 values for 3 prompts"):
+        check_pipeline(pipe, prompts=["a", "b", "c"], arguments={"image": [picture(0), picture(1)]}, **call)
+
+
+# ---------------------------------------------------------------- what it finds
+
+
+@pytest.mark.parametrize(("boundary", "idle"), [(0.0, "transformer_2"), (1.0, "transformer")])
+def test_a_network_that_no_step_uses(boundary, idle):
+    """Wan 2.2 changes its expert at a share of the timesteps; at 0 and 1 it never does."""
+    pipe = pipeline("WanPipeline", transformer_2=wan_transformer(), boundary_ratio=boundary)
+    report = check_pipeline(pipe, **call_arguments(pipe))
+    assert not report.ok and report.reason == f"no step gives {idle} a gradient: the call does not use it."
+    assert all(step.log_prob_error == 0.0 for step in report.steps)
+
+
+def test_both_experts_are_used_between():
+    pipe = pipeline("WanPipeline", transformer_2=wan_transformer(), boundary_ratio=0.875)
+    assert check_pipeline(pipe, **call_arguments(pipe)).ok
+
+
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning")
+def test_int8_weights_are_left_as_they_were():
+    pipe = pipeline("StableDiffusionPipeline")
+    quantize_(pipe.unet, Int8WeightOnlyConfig())
+    before, kinds = image(pipe), {name: type(p.data) for name, p in pipe.unet.named_parameters()}
+    assert check_pipeline(pipe, **call_arguments(pipe)).ok
+    assert torch.equal(image(pipe), before)
+    assert {name: type(p.data) for name, p in pipe.unet.named_parameters()} == kinds
