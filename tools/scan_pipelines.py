@@ -28,7 +28,13 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from untouched import SAME_PATH, call_untouched, compare_with_untouched
+from untouched import (
+    SAME_PATH,
+    SAME_ROWS,
+    call_untouched,
+    compare_with_untouched,
+    difference_in_other_batches,
+)
 from zoo import NotBuildable, build, call_arguments
 
 from dpok_trl import check_pipeline
@@ -119,6 +125,7 @@ def examine(pipeline_class: type[DiffusionPipeline]) -> Row:
         if not report.ok:
             return Row(name, group, FAILS if report.steps else REFUSED, scheduler, report.reason, deviation)
         problem, path_deviation = compare_with_untouched(pipe, prompts)
+        other_batches = difference_in_other_batches(pipe, prompts) if len(prompts) > 1 else 0.0
     except Exception as error:  # likewise
         return Row(name, group, FAILS, scheduler, _in_words(error))
     if problem:
@@ -126,6 +133,8 @@ def examine(pipeline_class: type[DiffusionPipeline]) -> Row:
     notes = [remark for pattern, remark in REMARKS.items() if fnmatch.fnmatchcase(name, pattern)]
     if len(prompts) == 1:
         notes.append("its call takes one prompt at a time")
+    if not other_batches <= SAME_ROWS:
+        notes.append("replay only in the batches of the rollout")
     return Row(name, group, PASSES, scheduler, "; ".join(notes), deviation, path_deviation)
 
 
@@ -212,7 +221,9 @@ def table(rows: list[Row], command: str) -> str:
         "",
         "*Ratio*: the largest |ratio - 1| of a replayed step, which must be exactly 0. *Path*: the largest difference between a rollout and the",
         "untouched pipeline with its own scheduler, over the inputs of every call of every denoiser and the images, relative to the largest value",
-        f"of each; at most {SAME_PATH:g} passes. *Scheduler*: the one it was tried with.",
+        f"of each; at most {SAME_PATH:g} passes. *Scheduler*: the one it was tried with. *Replay only in the batches of the rollout*: samples replayed in",
+        f"another order or alone have other log-probabilities (by more than {SAME_ROWS:g}), or the call refuses them, because something belongs to the batch as",
+        "a whole: a picture that is encoded once, noise of torch's global generator.",
     ]
     for group, meaning in GROUPS.items():
         members = [row for row in rows if row.group == group]

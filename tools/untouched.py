@@ -27,6 +27,7 @@ from dpok_trl.policy.tuning import tune
 
 VANISHING = 1e-6  # eta at which the policy is the deterministic sampler, to the tolerance below
 SAME_PATH = 2e-4  # fp32, relative to the largest value: eta = 1e-6 and four steps through random networks
+SAME_ROWS = 1e-5  # fp32 log-probabilities, mean-reduced: kernels depend on the batch
 
 # Schedulers that draw noise in every step, and the transition of the policy that draws the same with eta = 1; all others are deterministic.
 DRAWS_NOISE = {
@@ -136,6 +137,24 @@ def first_order(pipe: DiffusionPipeline) -> Iterator[None]:
         yield
     finally:
         pipe.scheduler = own
+
+
+def difference_in_other_batches(pipe: DiffusionPipeline, prompts: tuple[str, ...]) -> float:
+    """The largest difference of a log-probability when samples are replayed in another order, or alone; infinite where that raises."""
+    arguments = call_arguments(pipe)
+    own = {name: value for name, value in arguments.items() if isinstance(value, list) and len(value) == len(prompts)}
+    shared = {name: value for name, value in arguments.items() if name not in own}
+    policy = Policy(pipe, tune(pipe, PipelineHooks().denoisers(pipe)), call_kwargs=shared)
+    trajectory = policy.rollout(prompts, seeds=list(range(len(prompts))), arguments=own)
+    differences = []
+    for samples in (list(reversed(range(len(prompts)))), [len(prompts) - 1]):
+        try:
+            with torch.no_grad():
+                replayed = torch.stack([step.log_prob for step in policy(trajectory, samples=samples)], dim=1)
+        except Exception:  # whatever the pipeline says of a batch that does not fit to what it was given
+            return float("inf")
+        differences.append((replayed - trajectory.log_probs[samples]).abs().max().item())
+    return max(differences)
 
 
 def denoisers_without_gradient(policy: Policy, prompts: tuple[str, ...]) -> list[str]:

@@ -153,13 +153,13 @@ def kandinsky3_denoiser() -> Kandinsky3UNet:
     return kandinsky3_unet()
 
 
-def _embedding() -> torch.Tensor:
+def _embeddings(sign: int) -> list[torch.Tensor]:
     """One for each of two prompts."""
-    return torch.linspace(-1, 1, 2 * WIDTH).reshape(2, WIDTH)
+    return list((sign * torch.linspace(-1, 1, 2 * WIDTH)).reshape(2, 1, WIDTH))
 
 
-EMBEDDINGS = {"image_embeds": _embedding(), "negative_image_embeds": -_embedding()}
-ONE_EMBEDDING = {name: embedding[:1] for name, embedding in EMBEDDINGS.items()}
+EMBEDDINGS = {"image_embeds": _embeddings(1), "negative_image_embeds": _embeddings(-1)}
+ONE_EMBEDDING = {name: embeddings[:1] for name, embeddings in EMBEDDINGS.items()}
 
 SPECIAL.update(
     {
