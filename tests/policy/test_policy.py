@@ -227,7 +227,7 @@ def test_steps_below_min_std_are_sampled_and_not_trained(sd):
     with pytest.raises(ValueError, match=r"steps \[3\] are not all actions of this trajectory, which are \[0, 1\]"):
         floored(trajectory, steps=[3])
     with pytest.raises(
-        ValueError, match=r"no step is an action: the largest standard deviation of the 4 steps is 0\.78"
+        ValueError, match=r"no step is an action: the largest standard deviation of the 4 stochastic steps is 0\.78"
     ):
         Policy(sd.pipe, call_kwargs=CALL, min_std=1.0).rollout(PROMPTS, SEEDS)
 
@@ -308,11 +308,11 @@ def test_text_is_encoded_once_per_prompt_and_never_in_a_replay():
     handle = policy.pipe.text_encoder.register_forward_pre_hook(lambda m, args: encoded.append(len(args[0])))
     try:
         trajectory = policy.rollout([*PROMPTS, "new", "new", "other", "new"], list(range(8)))
-        assert encoded == [2, 2]  # "new" and "other", each with the empty negative prompt of guidance
+        assert encoded == [6, 6]  # each distinct prompt, and the empty negative prompt of guidance beside it
         encoded.clear()
         assert torch.equal(log_probs(policy(trajectory)), trajectory.log_probs)
         policy(trajectory, samples=[7, 0], steps=[0])
-        policy.rollout(["other", "a cat"], [0, 1])
+        policy.rollout([*PROMPTS, "new", "other", "other"], list(range(7)))  # the same distinct prompts
         assert encoded == []
     finally:
         handle.remove()

@@ -7,6 +7,7 @@ which is why no model family needs code of its own.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,11 +122,11 @@ def intercepted(pipe: DiffusionPipeline, answers: Answers, networks: Networks) -
         next_sample, x0 = answers.step(scheduler, model_output, timestep, sample)
         return StepOutput(next_sample, x0) if return_dict else (next_sample, x0)
 
+    step.__signature__ = inspect.signature(scheduler.step)  # pipelines look at it
     scheduler.step = step
     answers.prepare_scheduler(scheduler)
     swapped: dict[str, Any] = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
-    if getattr(pipe, "safety_checker", None) is not None:
-        # it turns images black, and a black image would be rewarded as the policy's own
+    if blackens_images(pipe):
         swapped["safety_checker"] = None
     for name, module in networks.denoisers.items():
         swapped[name] = Proxy(module, _denoise_as(answers, name), networks.dtypes[name], module.device)
@@ -159,6 +160,11 @@ def _refuse_arguments_of_step(pipe: DiffusionPipeline, args: tuple, kwargs: dict
             f"{type(pipe).__name__} hands `scheduler.step` more than the model output, the timestep and the latents ({', '.join(unknown) or 'positional arguments'}), so its "
             "steps are not those of the scheduler's grid. Use the family's plain text-to-image or text-to-video pipeline."
         )
+
+
+def blackens_images(pipe: DiffusionPipeline) -> bool:
+    """Whether a safety checker turns images black, which would be rewarded as the policy's own, and the pipeline can do without."""
+    return getattr(pipe, "safety_checker", None) is not None and "requires_safety_checker" in pipe.config
 
 
 def _denoise_as(answers: Answers, name: str) -> Callable[[tuple, dict], Any]:

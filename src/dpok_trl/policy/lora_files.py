@@ -80,9 +80,8 @@ def loading_code(pipe: DiffusionPipeline, names: Iterable[str], repository: str)
                 f'pipe.load_lora_weights("{repository}", weight_name="{_file_of(name)}", load_into_{name}=True)'
             )
         else:
-            lines.append(
-                f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, "{repository}", subfolder="{name}")  # from peft'
-            )
+            lines.append("from peft import PeftModel")
+            lines.append(f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, "{repository}", subfolder="{name}")')
     return "\n".join(dict.fromkeys(lines))
 
 

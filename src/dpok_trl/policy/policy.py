@@ -21,7 +21,7 @@ from dpok_trl.core.trajectory import Trajectory
 from dpok_trl.core.transitions import Transition
 from dpok_trl.policy.errors import ReplayError, UnsupportedPipelineError
 from dpok_trl.policy.hooks import PipelineHooks
-from dpok_trl.policy.interception import Networks, call_pipeline
+from dpok_trl.policy.interception import Networks, blackens_images, call_pipeline
 from dpok_trl.policy.memo import PromptMemo
 from dpok_trl.policy.mixed import MixedReplayer
 from dpok_trl.policy.recorder import Recorder
@@ -113,7 +113,7 @@ class Policy(nn.Module):
         refuse_scheduler(policy_scheduler(pipe.scheduler))
         if note := scheduler_note(pipe.scheduler):
             logger.warning("%s", note)
-        if getattr(pipe, "safety_checker", None) is not None:
+        if blackens_images(pipe):
             logger.warning(
                 "the safety checker of %s is off while the policy samples: an image that it blackens would be rewarded as the policy's own",
                 type(pipe).__name__,
@@ -350,8 +350,9 @@ class Policy(nn.Module):
         actions = frozenset(index for index, std in enumerate(stds) if index in inside and std > self.min_std)
         if not actions:
             raise ValueError(
-                f"no step is an action: the largest standard deviation of the {len(stds)} steps is {max(stds):.4g}, and only steps "
-                f"above min_std = {self.min_std} count. Lower it, or raise eta (given: {self.eta})."
+                f"no step is an action: the largest standard deviation of the {len(set(inside))} stochastic steps is "
+                f"{max(std for index, std in enumerate(stds) if index in inside):.4g}, and only steps above min_std = {self.min_std} count. Lower it, raise eta "
+                f"(given: {self.eta}), or choose another window."
             )
         ode = replace(transition, kind="ode")
         return grid, tuple(transition if index in inside else ode for index in range(len(grid))), actions

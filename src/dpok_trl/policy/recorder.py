@@ -121,8 +121,8 @@ class Recorder:
             )
         if index == len(self.recording.grid):
             raise UnsupportedPipelineError(
-                f"the pipeline calls `scheduler.step` more often than its scheduler has timesteps ({len(self.recording.grid)}): it repeats steps, or gives "
-                "frames schedules of their own (diffusion forcing). Such a walk is no sequence of denoising steps and cannot be tuned; use the family's "
+                f"the pipeline calls `scheduler.step` more often than its scheduler has timesteps ({len(self.recording.grid)}): it repeats steps, gives "
+                "frames schedules of their own (diffusion forcing), or denoises a second stream (sound) beside. Such a walk is no sequence of denoising steps and cannot be tuned; use the family's "
                 "plain text-to-image or text-to-video pipeline."
             )
         self._timesteps.append(timestep)

@@ -337,6 +337,9 @@ def _read_flow(scheduler: diffusers.SchedulerMixin) -> SchedulerGrid:
         _refuse(scheduler, "scale_factors enlarge the latents between two steps", advice)
     timesteps, sigma = _timesteps_and_sigmas(scheduler)
     renoises = _is_a(scheduler, "FlowMatchLCMScheduler") or bool(config.get("stochastic_sampling", False))
+    if bool((sigma > 1).any()):
+        # Cosmos takes the class for an Euler step on a variance-exploding grid: x = x0 + sigma * eps, and the network's output is eps.
+        return SchedulerGrid(timesteps, torch.ones_like(sigma), sigma, "epsilon", renoises=renoises)
     if not config.get("invert_sigmas", False):
         return SchedulerGrid(timesteps, 1.0 - sigma, sigma, "flow_prediction", is_flow=True, renoises=renoises)
     # Mochi counts the signal instead of the noise, and its network predicts x0 - eps: x0 = x + (1 - signal) * output.

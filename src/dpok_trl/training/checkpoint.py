@@ -102,6 +102,12 @@ class Checkpoints:
             )
         if checkpoint.parent.resolve() != self.folder.resolve():
             self.refuse_other_run()
+        for name, default in (("train_use_lora", True), ("train_text_encoder", False)):
+            saved, now = state["config"].get(name, default), getattr(trainer.config, name)
+            if saved != now:
+                raise ValueError(
+                    f"{checkpoint} was written with {name} = {saved}, and this run has {now}: other weights are trained. Set it to {saved}, or start a new run."
+                )
         changed = changed_settings(state["config"], trainer.config.to_dict())
         if changed:
             logger.warning(
