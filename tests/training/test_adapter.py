@@ -1,8 +1,10 @@
 """What training leaves: an adapter that a stock pipeline loads to the identical image, and that can be trained on."""
 
+import re
+
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
@@ -144,6 +146,31 @@ def test_the_card(make_trainer, tmp_path):
         str(tmp_path) not in card.content
         and str(tmp_path) not in (trainer.output_dir / "dpok_config.json").read_text()
     )
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoRA and text encoder", "PEFT", "all weights"])
+def test_the_code_in_the_card_gives_the_identical_image(kind, make_trainer, tmp_path, monkeypatch):
+    if kind == "PEFT":
+        monkeypatch.setattr(StableDiffusionPipeline, "save_lora_weights", None)
+    pipe = stable_diffusion()
+    pipe.register_to_config(_name_or_path="someone/base")
+    settings = {"LoRA and text encoder": {"train_text_encoder": True}, "all weights": {"train_use_lora": False}}
+    trainer = make_trainer(pipe=pipe, **settings.get(kind, {}), **{**TRAIN, "train_learning_rate": 1e-3})
+    trainer.train()
+    trainer.save_model(tmp_path / "rabbit")
+    from_pretrained = DiffusionPipeline.from_pretrained
+    monkeypatch.setattr(
+        DiffusionPipeline,
+        "from_pretrained",
+        lambda name: stable_diffusion() if name == "someone/base" else from_pretrained(name),
+    )
+    monkeypatch.chdir(tmp_path)
+    card = (tmp_path / "rabbit" / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", card, re.S | re.M)
+    names = {}
+    exec(compile(code.replace('pipe("a prompt")', 'pipe("a prompt", num_inference_steps=1)'), "card", "exec"), names)
+    assert torch.equal(image(names["pipe"]), image(trainer.pipeline))
+    assert not torch.equal(image(stable_diffusion()), image(trainer.pipeline))
 
 
 def test_a_card_of_a_local_pipeline_names_no_folder(make_trainer, tmp_path):

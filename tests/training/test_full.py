@@ -91,6 +91,9 @@ def test_the_saved_pipeline_gives_the_identical_image(make_trainer, tmp_path):
     assert not torch.equal(base, tuned)
     index = json.loads((tmp_path / "model" / "model_index.json").read_text())
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "load_lora_weights" not in card and 'DiffusionPipeline.from_pretrained("model")' in card
+    assert "- lora" not in card and "LoRA adapter" not in card
 
 
 def test_a_checkpoint_is_a_denoiser_that_a_stock_pipeline_takes(make_trainer, tmp_path):
