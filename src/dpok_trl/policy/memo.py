@@ -127,6 +127,8 @@ class PromptMemo:
             axes = self._axes[kind]
             if not fits(axes, output):
                 axes = batch_axes(output, encode(distinct * 2), len(distinct))
+            if axes is NO_ROWS:
+                return self.encode_prompt(*args, **kwargs), None
             self._calls[key] = output, axes
         self._calls.move_to_end(key)
         while sum(len(rows) for _, rows in self._calls) > MAX_CACHED_PROMPTS and len(self._calls) > 1:

@@ -12,7 +12,7 @@ import torch
 
 from dpok_trl.core.gaussian import Gaussian
 from dpok_trl.core.trajectory import Trajectory, Transitions
-from dpok_trl.training.config import smallest_fraction
+from dpok_trl.training.config_checks import smallest_fraction
 
 
 @dataclass

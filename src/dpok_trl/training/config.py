@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dpok_trl.training.config_checks import check
 
 
 TRACKERS = ("all", "tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
@@ -332,211 +331,11 @@ class DPOKConfig:
             setattr(self, name, _as_dict(name, getattr(self, name)))
         if self.mixed_precision is False:
             self.mixed_precision = "no"  # YAML reads a bare no as false
-        self._check_types()
-        for item in fields(self):
-            choices = item.metadata.get("choices")
-            if choices is not None and getattr(self, item.name) not in choices:
-                raise ValueError(_unknown_choice(item.name, getattr(self, item.name), choices))
-        self._check_ranges()
-        self._check_combinations()
-
-    def _check_types(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            allowed = [get_origin(kind) or kind for kind in (hint,) if get_origin(kind) is not UnionType]
-            allowed = allowed or [get_origin(kind) or kind for kind in get_args(hint)]
-            value = getattr(self, name)
-            if float in allowed and type(value) is int:
-                continue
-            if type(value) not in allowed:
-                needed = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
-                raise ValueError(f"{name} = {value!r} is of type {type(value).__name__}, but it must be {needed}.")
-
-    def _check_ranges(self) -> None:
-        for name in (
-            "num_epochs",
-            "num_checkpoint_limit",
-            "sample_num_steps",
-            "sample_batch_size",
-            "sample_num_batches_per_epoch",
-            "sample_num_images_per_prompt",
-            "max_workers",
-            "sample_sde_window_interval",
-            "per_prompt_stat_tracking_buffer_size",
-            "per_prompt_stat_tracking_min_count",
-            "train_batch_size",
-            "train_gradient_accumulation_steps",
-            "train_num_inner_epochs",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least 1.")
-        for name in (
-            "save_freq",
-            "sample_grid_freq",
-            "sample_min_std",
-            "sample_sde_window_start",
-            "train_lr_warmup_steps",
-            "train_adam_weight_decay",
-            "kl_weight",
-        ):
-            if not 0 <= getattr(self, name) < math.inf:  # NaN neither
-                raise ValueError(f"{name} = {getattr(self, name)}, but it must be finite and not negative.")
-        for name in (
-            "sample_noise_level",
-            "train_learning_rate",
-            "train_max_grad_norm",
-            "train_clip_range",
-            "train_adv_clip_max",
-            "train_adam_epsilon",
-        ):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)}, but it must be positive and finite.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed = {self.seed}, but it must be in [0, 2^32), as numpy takes it.")
-        if not 0 < self.sample_eta <= 1:
-            raise ValueError(
-                f"sample_eta = {self.sample_eta}, but it must be in (0, 1]: at 0 every step is deterministic and there is no policy to train."
-            )
-        if not 0 < self.train_timestep_fraction <= 1:
-            raise ValueError(f"train_timestep_fraction = {self.train_timestep_fraction}, but it must be in (0, 1].")
-        for name, default in (("train_lora_rank", "4"), ("train_lora_alpha", "the rank")):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least 1, or None for {default}.")
-        if int(self.sample_num_steps * self.train_timestep_fraction) < 1:
-            raise ValueError(
-                f"train_timestep_fraction = {self.train_timestep_fraction} of sample_num_steps = {self.sample_num_steps} selects no step. "
-                f"Give at least {smallest_fraction(self.sample_num_steps)}."
-            )
-        if self.train_timesteps_per_update is not None and self.train_timesteps_per_update < 1:
-            raise ValueError(
-                f"train_timesteps_per_update = {self.train_timesteps_per_update}, but it must be at least 1, or None for all."
-            )
-
-    def _check_window(self) -> None:
-        size, start = self.sample_sde_window_size, self.sample_sde_window_start
-        if size is None:
-            unused = [
-                item.name
-                for item in fields(self)
-                if item.name.startswith("sample_sde_window_") and getattr(self, item.name) != item.default
-            ]
-            if unused:
-                raise ValueError(f"{', '.join(unused)} would do nothing: set sample_sde_window_size as well.")
-            return
-        if size < 1 or start + size > self.sample_num_steps:
-            raise ValueError(
-                f"sample_sde_window_size = {size} from sample_sde_window_start = {start} does not lie in the {self.sample_num_steps} steps of "
-                f"sample_num_steps. The size must be between 1 and {max(1, self.sample_num_steps - start)}."
-            )
-        if int(size * self.train_timestep_fraction) < 1:
-            raise ValueError(
-                f"train_timestep_fraction = {self.train_timestep_fraction} of sample_sde_window_size = {size} selects no step. Give at least "
-                f"{smallest_fraction(size)}."
-            )
-
-    def _check_combinations(self) -> None:
-        self._check_window()
-        if self.train_mixed_timesteps and self.train_batch_size < 2:
-            raise ValueError(
-                f"train_mixed_timesteps = True with train_batch_size = {self.train_batch_size}: one sample cannot be at different timesteps. Raise "
-                "train_batch_size to 2 or more."
-            )
-        if self.torch_compile and self.train_reanchor is False:
-            raise ValueError(
-                "torch_compile = True with train_reanchor = False: compiled graphs round differently with and without gradients, so the ratio would not "
-                "be 1. Leave train_reanchor out."
-            )
-        if not self.torch_compile and (
-            self.torch_compile_backend != "inductor" or self.torch_compile_mode is not None
-        ):
-            raise ValueError(
-                "torch_compile_backend and torch_compile_mode would do nothing: set torch_compile = True."
-            )
-        if self.train_text_encoder and (self.sample_offload_encoders or not self.train_use_lora):
-            other = "sample_offload_encoders = True" if self.sample_offload_encoders else "train_use_lora = False"
-            raise ValueError(
-                f"train_text_encoder = True trains adapters on the text encoders in every update; it does not go with {other}."
-            )
-        if not self.train_use_lora and (self.train_lora_rank is not None or self.train_lora_alpha is not None):
-            raise ValueError("train_lora_rank and train_lora_alpha would do nothing with train_use_lora = False.")
-        if self.reward_offload and self.async_reward_computation:
-            raise ValueError(
-                "reward_offload = True keeps the reward off the device while images are sampled, and async_reward_computation = True scores just "
-                "then. Choose one."
-            )
-        if not self.train_cfg and self.sample_guidance_scale > 1:
-            raise ValueError(
-                f"train_cfg = False with sample_guidance_scale = {self.sample_guidance_scale} would train another distribution than the one that "
-                "was sampled (95 % of the ratios are clipped before any update). Set sample_guidance_scale = 1.0, or train_cfg = True."
-            )
-        if self.per_prompt_stat_tracking and self.train_adv_type != "batch":
-            raise ValueError(
-                f"per_prompt_stat_tracking = True and train_adv_type = '{self.train_adv_type}' both say how to whiten rewards; choose one."
-            )
-        if self.per_prompt_stat_tracking and (
-            self.per_prompt_stat_tracking_min_count > self.per_prompt_stat_tracking_buffer_size
-        ):
-            raise ValueError(
-                f"per_prompt_stat_tracking_min_count = {self.per_prompt_stat_tracking_min_count} is larger than "
-                f"per_prompt_stat_tracking_buffer_size = {self.per_prompt_stat_tracking_buffer_size}: no prompt would ever have enough rewards for "
-                "statistics of its own. Lower the first or raise the second."
-            )
-        if self.train_adv_type == "group" and self.sample_num_images_per_prompt < 2:
-            raise ValueError(
-                "train_adv_type = 'group' compares images of the same prompt and needs sample_num_images_per_prompt of at least 2; "
-                f"given: {self.sample_num_images_per_prompt}."
-            )
-        limit = self.project_kwargs.get("total_limit")
-        if limit is not None and limit < 1:
-            raise ValueError(f"project_kwargs['total_limit'] = {limit}, but at least 1 checkpoint must be kept.")
-        clash = {
-            "eta",
-            "num_inference_steps",
-            "guidance_scale",
-            "negative_prompt",
-        }  # the policy refuses what has no field at all
-        columns = self.sample_call_columns or []
-        for name, arguments in (("sample_call_kwargs", self.sample_call_kwargs), ("sample_call_columns", columns)):
-            given = sorted(clash & set(arguments))
-            if given:
-                raise ValueError(
-                    f"{name} must not hold {', '.join(given)}: the trainer sets it from a field of its own."
-                )
-        twice = sorted(set(self.sample_call_kwargs) & set(columns))
-        if twice:
-            raise ValueError(
-                f"sample_call_kwargs and sample_call_columns both hold {', '.join(twice)}; it is either the same for every image or not."
-            )
-        if self.push_to_hub and not self.hub_model_id:
-            raise ValueError("push_to_hub = True needs hub_model_id, such as 'me/rabbit-lora'.")
-        if self.train_use_8bit_adam:
-            try:
-                import bitsandbytes  # noqa: F401
-            except ImportError as error:
-                raise ImportError(
-                    "train_use_8bit_adam = True needs bitsandbytes: `pip install dpok-trl[bnb]`."
-                ) from error
-        _check_divides("sample_batch_size", self.sample_batch_size, "train_batch_size", self.train_batch_size)
-        _check_divides(
-            "sample_batch_size",
-            self.sample_batch_size,
-            "sample_num_images_per_prompt",
-            self.sample_num_images_per_prompt,
-        )
-        _check_divides(
-            "sample_batch_size * sample_num_batches_per_epoch",
-            self.sample_batch_size * self.sample_num_batches_per_epoch,
-            "train_batch_size * train_gradient_accumulation_steps",
-            self.train_batch_size * self.train_gradient_accumulation_steps,
-        )
+        check(self)
 
     def to_dict(self) -> dict[str, Any]:
         """A flat dict; keys of nested dicts are joined by "/"."""
         return dict(_flat(asdict(self)))
-
-
-def smallest_fraction(steps: int) -> float:
-    """The smallest `train_timestep_fraction` of three decimals that selects one of `steps` steps."""
-    return math.ceil(1000 / steps) / 1000
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -560,19 +359,3 @@ def _as_dict(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be a dict, given: {value!r}")
     return value
-
-
-def _unknown_choice(name: str, value: Any, choices: list) -> str:
-    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    return f"{name} = {value!r}, but it must be one of {', '.join(map(str, choices))}.{hint}"
-
-
-def _check_divides(name: str, value: int, divisor_name: str, divisor: int) -> None:
-    if value % divisor == 0:
-        return
-    below, above = value // divisor * divisor, (value // divisor + 1) * divisor
-    near = f"{below} or {above}" if below else f"{above}"
-    raise ValueError(
-        f"{name} = {value} is not a multiple of {divisor_name} = {divisor}. The nearest that are: {near}."
-    )

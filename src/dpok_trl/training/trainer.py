@@ -112,7 +112,8 @@ class DPOKTrainer(PublishingMixin):
         self.pipeline.to(self.accelerator.device)
         self.policy = build_policy(config, self.pipeline, peft_config, pipeline_hooks)
         self.tuned = self.policy.tuned
-        if len(self.tuned.denoisers) > 1:  # a forward pass meets only the expert of its timestep
+        if len(self.tuned.denoisers) > 1 or self.tuned.text_encoders or self.tuned.frozen:
+            # A forward pass meets only the expert of its timestep, and the last layers of some networks are of no use to it.
             self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         set_seed(config.seed, device_specific=True)
 
@@ -366,7 +367,8 @@ class DPOKTrainer(PublishingMixin):
 
     def _can_mix(self, batch: TrainingBatch) -> bool:
         """A trial of several timesteps in one forward pass; all processes decide alike."""
-        error = self.policy.mixing_error(batch.trajectory, batch.samples)
+        with self.accelerator.autocast():
+            error = self.policy.mixing_error(batch.trajectory, batch.samples)
         error = self._largest(torch.tensor([math.inf if error is None else error], device=self.accelerator.device))
         if error <= self.config.train_clip_range / 10:
             return True

@@ -1,0 +1,243 @@
+"""What makes a configuration wrong before anything is loaded: types, choices, ranges, settings that do not go together.
+
+Each message says what was given, what is needed and what to change.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import fields
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+
+if TYPE_CHECKING:
+    from dpok_trl.training.config import DPOKConfig
+
+
+def check(config: DPOKConfig) -> None:
+    """Raises `ValueError` for a value that could only fail later."""
+    check_types(config)
+    check_choices(config)
+    check_ranges(config)
+    check_combinations(config)
+
+
+def check_types(config: DPOKConfig) -> None:
+    """Every value is of its field's type."""
+    for name, hint in get_type_hints(type(config)).items():
+        allowed = [get_origin(kind) or kind for kind in (hint,) if get_origin(kind) is not UnionType]
+        allowed = allowed or [get_origin(kind) or kind for kind in get_args(hint)]
+        value = getattr(config, name)
+        if float in allowed and type(value) is int:
+            continue
+        if type(value) not in allowed:
+            needed = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
+            raise ValueError(f"{name} = {value!r} is of type {type(value).__name__}, but it must be {needed}.")
+
+
+def check_choices(config: DPOKConfig) -> None:
+    """Every value is one of its field's choices."""
+    for item in fields(config):
+        choices = item.metadata.get("choices")
+        if choices is not None and getattr(config, item.name) not in choices:
+            raise ValueError(_unknown_choice(item.name, getattr(config, item.name), choices))
+
+
+def check_ranges(config: DPOKConfig) -> None:
+    """Every number is in its field's range."""
+    for name in (
+        "num_epochs",
+        "num_checkpoint_limit",
+        "sample_num_steps",
+        "sample_batch_size",
+        "sample_num_batches_per_epoch",
+        "sample_num_images_per_prompt",
+        "max_workers",
+        "sample_sde_window_interval",
+        "per_prompt_stat_tracking_buffer_size",
+        "per_prompt_stat_tracking_min_count",
+        "train_batch_size",
+        "train_gradient_accumulation_steps",
+        "train_num_inner_epochs",
+    ):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} = {getattr(config, name)}, but it must be at least 1.")
+    for name in (
+        "save_freq",
+        "sample_grid_freq",
+        "sample_min_std",
+        "sample_sde_window_start",
+        "train_lr_warmup_steps",
+        "train_adam_weight_decay",
+        "kl_weight",
+    ):
+        if not 0 <= getattr(config, name) < math.inf:  # NaN neither
+            raise ValueError(f"{name} = {getattr(config, name)}, but it must be finite and not negative.")
+    for name in (
+        "sample_noise_level",
+        "train_learning_rate",
+        "train_max_grad_norm",
+        "train_clip_range",
+        "train_adv_clip_max",
+        "train_adam_epsilon",
+    ):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} = {getattr(config, name)}, but it must be positive and finite.")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed = {config.seed}, but it must be in [0, 2^32), as numpy takes it.")
+    if not 0 < config.sample_eta <= 1:
+        raise ValueError(
+            f"sample_eta = {config.sample_eta}, but it must be in (0, 1]: at 0 every step is deterministic and there is no policy to train."
+        )
+    if not 0 < config.train_timestep_fraction <= 1:
+        raise ValueError(f"train_timestep_fraction = {config.train_timestep_fraction}, but it must be in (0, 1].")
+    for name, default in (("train_lora_rank", "4"), ("train_lora_alpha", "the rank")):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"{name} = {getattr(config, name)}, but it must be at least 1, or None for {default}.")
+    if int(config.sample_num_steps * config.train_timestep_fraction) < 1:
+        raise ValueError(
+            f"train_timestep_fraction = {config.train_timestep_fraction} of sample_num_steps = {config.sample_num_steps} selects no step. "
+            f"Give at least {smallest_fraction(config.sample_num_steps)}."
+        )
+    if config.train_timesteps_per_update is not None and config.train_timesteps_per_update < 1:
+        raise ValueError(
+            f"train_timesteps_per_update = {config.train_timesteps_per_update}, but it must be at least 1, or None for all."
+        )
+
+
+def _check_window(config: DPOKConfig) -> None:
+    size, start = config.sample_sde_window_size, config.sample_sde_window_start
+    if size is None:
+        unused = [
+            item.name
+            for item in fields(config)
+            if item.name.startswith("sample_sde_window_") and getattr(config, item.name) != item.default
+        ]
+        if unused:
+            raise ValueError(f"{', '.join(unused)} would do nothing: set sample_sde_window_size as well.")
+        return
+    if size < 1 or start + size > config.sample_num_steps:
+        raise ValueError(
+            f"sample_sde_window_size = {size} from sample_sde_window_start = {start} does not lie in the {config.sample_num_steps} steps of "
+            f"sample_num_steps. The size must be between 1 and {max(1, config.sample_num_steps - start)}."
+        )
+    if int(size * config.train_timestep_fraction) < 1:
+        raise ValueError(
+            f"train_timestep_fraction = {config.train_timestep_fraction} of sample_sde_window_size = {size} selects no step. Give at least "
+            f"{smallest_fraction(size)}."
+        )
+
+
+def check_combinations(config: DPOKConfig) -> None:
+    """The settings go together."""
+    _check_window(config)
+    if config.train_mixed_timesteps and config.train_batch_size < 2:
+        raise ValueError(
+            f"train_mixed_timesteps = True with train_batch_size = {config.train_batch_size}: one sample cannot be at different timesteps. Raise "
+            "train_batch_size to 2 or more."
+        )
+    if config.torch_compile and config.train_reanchor is False:
+        raise ValueError(
+            "torch_compile = True with train_reanchor = False: compiled graphs round differently with and without gradients, so the ratio would not "
+            "be 1. Leave train_reanchor out."
+        )
+    if not config.torch_compile and (
+        config.torch_compile_backend != "inductor" or config.torch_compile_mode is not None
+    ):
+        raise ValueError("torch_compile_backend and torch_compile_mode would do nothing: set torch_compile = True.")
+    if config.train_text_encoder and (config.sample_offload_encoders or not config.train_use_lora):
+        other = "sample_offload_encoders = True" if config.sample_offload_encoders else "train_use_lora = False"
+        raise ValueError(
+            f"train_text_encoder = True trains adapters on the text encoders in every update; it does not go with {other}."
+        )
+    if not config.train_use_lora and (config.train_lora_rank is not None or config.train_lora_alpha is not None):
+        raise ValueError("train_lora_rank and train_lora_alpha would do nothing with train_use_lora = False.")
+    if config.reward_offload and config.async_reward_computation:
+        raise ValueError(
+            "reward_offload = True keeps the reward off the device while images are sampled, and async_reward_computation = True scores just "
+            "then. Choose one."
+        )
+    if not config.train_cfg and config.sample_guidance_scale > 1:
+        raise ValueError(
+            f"train_cfg = False with sample_guidance_scale = {config.sample_guidance_scale} would train another distribution than the one that "
+            "was sampled (95 % of the ratios are clipped before any update). Set sample_guidance_scale = 1.0, or train_cfg = True."
+        )
+    if config.per_prompt_stat_tracking and config.train_adv_type != "batch":
+        raise ValueError(
+            f"per_prompt_stat_tracking = True and train_adv_type = '{config.train_adv_type}' both say how to whiten rewards; choose one."
+        )
+    if config.per_prompt_stat_tracking and (
+        config.per_prompt_stat_tracking_min_count > config.per_prompt_stat_tracking_buffer_size
+    ):
+        raise ValueError(
+            f"per_prompt_stat_tracking_min_count = {config.per_prompt_stat_tracking_min_count} is larger than "
+            f"per_prompt_stat_tracking_buffer_size = {config.per_prompt_stat_tracking_buffer_size}: no prompt would ever have enough rewards for "
+            "statistics of its own. Lower the first or raise the second."
+        )
+    if config.train_adv_type == "group" and config.sample_num_images_per_prompt < 2:
+        raise ValueError(
+            "train_adv_type = 'group' compares images of the same prompt and needs sample_num_images_per_prompt of at least 2; "
+            f"given: {config.sample_num_images_per_prompt}."
+        )
+    limit = config.project_kwargs.get("total_limit")
+    if limit is not None and limit < 1:
+        raise ValueError(f"project_kwargs['total_limit'] = {limit}, but at least 1 checkpoint must be kept.")
+    clash = {
+        "eta",
+        "num_inference_steps",
+        "guidance_scale",
+        "negative_prompt",
+    }  # the policy refuses what has no field at all
+    columns = config.sample_call_columns or []
+    for name, arguments in (("sample_call_kwargs", config.sample_call_kwargs), ("sample_call_columns", columns)):
+        given = sorted(clash & set(arguments))
+        if given:
+            raise ValueError(f"{name} must not hold {', '.join(given)}: the trainer sets it from a field of its own.")
+    twice = sorted(set(config.sample_call_kwargs) & set(columns))
+    if twice:
+        raise ValueError(
+            f"sample_call_kwargs and sample_call_columns both hold {', '.join(twice)}; it is either the same for every image or not."
+        )
+    if config.push_to_hub and not config.hub_model_id:
+        raise ValueError("push_to_hub = True needs hub_model_id, such as 'me/rabbit-lora'.")
+    if config.train_use_8bit_adam:
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError as error:
+            raise ImportError("train_use_8bit_adam = True needs bitsandbytes: `pip install dpok-trl[bnb]`.") from error
+    _check_divides("sample_batch_size", config.sample_batch_size, "train_batch_size", config.train_batch_size)
+    _check_divides(
+        "sample_batch_size",
+        config.sample_batch_size,
+        "sample_num_images_per_prompt",
+        config.sample_num_images_per_prompt,
+    )
+    _check_divides(
+        "sample_batch_size * sample_num_batches_per_epoch",
+        config.sample_batch_size * config.sample_num_batches_per_epoch,
+        "train_batch_size * train_gradient_accumulation_steps",
+        config.train_batch_size * config.train_gradient_accumulation_steps,
+    )
+
+
+def smallest_fraction(steps: int) -> float:
+    """The smallest `train_timestep_fraction` of three decimals that selects one of `steps` steps."""
+    return math.ceil(1000 / steps) / 1000
+
+
+def _unknown_choice(name: str, value: Any, choices: list) -> str:
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return f"{name} = {value!r}, but it must be one of {', '.join(map(str, choices))}.{hint}"
+
+
+def _check_divides(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    if value % divisor == 0:
+        return
+    below, above = value // divisor * divisor, (value // divisor + 1) * divisor
+    near = f"{below} or {above}" if below else f"{above}"
+    raise ValueError(
+        f"{name} = {value} is not a multiple of {divisor_name} = {divisor}. The nearest that are: {near}."
+    )
