@@ -51,9 +51,11 @@ def class_names(annotation: Any) -> list[str]:
     """The classes that an annotation allows, by name, in its order."""
     if get_args(annotation):
         return [name for part in get_args(annotation) for name in class_names(part)]
+    if isinstance(annotation, str):
+        return [name.strip().rpartition(".")[2] for name in annotation.split("|") if name.strip() != "None"]
     if annotation is inspect.Parameter.empty or annotation is type(None) or annotation is Ellipsis:
         return []
-    return [annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))]
+    return [getattr(annotation, "__name__", str(annotation))]
 
 
 def _load_makers() -> None:

@@ -58,7 +58,10 @@ class Networks:
 
     Args:
         denoisers (`Mapping[str, torch.nn.Module]`): Those that answer, by attribute of the pipeline.
-        dtypes (`Mapping[str, torch.dtype]`): What the pipeline takes their dtype for: the one it was loaded in.
+        dtypes (`Mapping[str, torch.dtype]`): What the pipeline takes their dtype for: the one it was loaded in. Asked for once, since diffusers looks at
+            every module of a network for an answer.
+        device (`torch.device`): Likewise.
+        master_weights (`bool`): The denoisers are kept in fp32, whatever the pipeline's dtype (full fine-tuning).
         absent (`Mapping[str, torch.device]`): Components that are off the device, and which one they belong to; a replay needs none of them.
         memo ([`PromptMemo`], *optional*): Stands in for `encode_prompt`. `None`: text encoders train, or there is no such method.
         encode_prompt (`Callable`, *optional*): The pipeline's own, where gradients are to reach the text encoders.
@@ -67,19 +70,20 @@ class Networks:
 
     denoisers: Mapping[str, torch.nn.Module]
     dtypes: Mapping[str, torch.dtype]
+    device: torch.device
+    master_weights: bool
     absent: Mapping[str, torch.device]
     memo: PromptMemo | None
     encode_prompt: Callable[..., Any] | None
     hooks: PipelineHooks
 
     def run(self, name: str, args: tuple, kwargs: dict) -> Any:
-        """Calls a denoiser. One that is kept in a wider dtype than the pipeline's (the fp32 master weights of full fine-tuning) takes and
-        gives what the pipeline expects."""
+        """Calls a denoiser. One with master weights takes and gives what the pipeline expects."""
         module, seen = self.denoisers[name], self.dtypes[name]
-        if module.dtype == seen:
+        if not self.master_weights or seen == torch.float32:
             return module(*args, **kwargs)
-        wide = map_tensors((args, kwargs), lambda x: x.to(module.dtype) if x.dtype == seen else x)
-        return map_tensors(module(*wide[0], **wide[1]), lambda x: x.to(seen) if x.dtype == module.dtype else x)
+        wide = map_tensors((args, kwargs), lambda x: x.to(torch.float32) if x.dtype == seen else x)
+        return map_tensors(module(*wide[0], **wide[1]), lambda x: x.to(seen) if x.dtype == torch.float32 else x)
 
 
 class Proxy:
@@ -129,7 +133,7 @@ def intercepted(pipe: DiffusionPipeline, answers: Answers, networks: Networks) -
     if blackens_images(pipe):
         swapped["safety_checker"] = None
     for name, module in networks.denoisers.items():
-        swapped[name] = Proxy(module, _denoise_as(answers, name), networks.dtypes[name], module.device)
+        swapped[name] = Proxy(module, _denoise_as(answers, name), networks.dtypes[name], networks.device)
     for name, device in networks.absent.items():
         swapped[name] = Proxy(getattr(pipe, name), _absent(name), getattr(pipe, name).dtype, device)
     if networks.memo is not None or networks.encode_prompt is not None:
@@ -200,7 +204,7 @@ def call_pipeline(pipe: DiffusionPipeline, answers: Answers, networks: Networks,
         with (
             intercepted(pipe, answers, networks),
             torch.no_grad(),
-            _global_random(answers.global_seed, pipe._execution_device),
+            _global_random(answers.global_seed, networks.device),
         ):
             return networks.hooks.call(pipe, arguments)
     except LastStepReached:

@@ -7,7 +7,7 @@ import difflib
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -75,11 +75,16 @@ def adapter_name(module: nn.Module) -> str | None:
     return names[0] if names else None
 
 
-def refuse_adapter(component: nn.Module, name: str) -> None:
-    """Raises `ValueError` if a component that is not trained has an active adapter: it would be missing from what is saved."""
-    if adapter_name(component) is not None:
+def refuse_adapter(component: nn.Module, name: str, trained: Iterable[nn.Module]) -> None:
+    """Raises `ValueError` if a component that is not trained has an active adapter of its own: it would be missing from what is saved. A ControlNet may
+    share layers with a trained network."""
+    shared = {layer for module in trained for layer in adapter_layers(module)}
+    active = [
+        adapter for layer in adapter_layers(component) if layer not in shared for adapter in layer.active_adapters
+    ]
+    if active:
         raise ValueError(
-            f"`{name}` has the active adapter '{adapter_name(component)}', which is not trained and would be missing from the saved one. Fuse it into "
+            f"`{name}` has the active adapter '{active[0]}', which is not trained and would be missing from the saved one. Fuse it into "
             f"the base first: `pipe.fuse_lora(components=['{name}'])`, then `pipe.unload_lora_weights()`."
         )
 

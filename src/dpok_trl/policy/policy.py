@@ -24,7 +24,7 @@ from dpok_trl.policy.hooks import PipelineHooks
 from dpok_trl.policy.interception import Networks, blackens_images, call_pipeline
 from dpok_trl.policy.memo import PromptMemo
 from dpok_trl.policy.mixed import MixedReplayer
-from dpok_trl.policy.recorder import Recorder
+from dpok_trl.policy.recorder import Recorder, Recording
 from dpok_trl.policy.replayer import ReplayedStep, Replayer
 from dpok_trl.policy.schedulers import (
     make_transition,
@@ -179,10 +179,11 @@ class Policy(nn.Module):
                 )
         for name, module in self.tuned.denoisers.items():
             refuse_caches(name, module)
+        networks = self._networks()
         recorder = Recorder(
-            self._networks(),
+            networks,
             lambda scheduler, begin: self._choose_steps(scheduler, begin, window),
-            _generators(seeds, self.pipe._execution_device),
+            _generators(seeds, networks.device),
             self.log_prob_reduction,
             self._scheduler_identity(),
             self.fp32_latents,
@@ -190,7 +191,7 @@ class Policy(nn.Module):
         output = call_pipeline(
             self.pipe,
             recorder,
-            self._networks(),
+            networks,
             {**self._call_kwargs(prompts, recorder.generators, arguments), "output_type": "pt"},
         )
         if not recorder.latents:
@@ -254,7 +255,7 @@ class Policy(nn.Module):
         generators = _generators([trajectory.seeds[row] for row in rows], trajectory.recording.device)
         prompts = [trajectory.prompts[row] for row in rows]
         arguments = {name: [values[row] for row in rows] for name, values in trajectory.arguments.items()}
-        networks, reduction = self._networks(), self.log_prob_reduction
+        networks, reduction = self._networks(trajectory.recording), self.log_prob_reduction
         if each is not None and len(steps) > 1:
             replayer = MixedReplayer(networks, trajectory, rows, each, reduction, generators)
         else:
@@ -307,11 +308,18 @@ class Policy(nn.Module):
 
     # ---------------------------------------------------------------- internals
 
-    def _networks(self) -> Networks:
-        tuned = self.tuned
+    def _networks(self, recording: Recording | None = None) -> Networks:
+        tuned, answer_frozen = self.tuned, self._in_reference and bool(self.tuned.frozen)
+        if recording is None:
+            dtypes = {name: tuned.frozen.get(name, module).dtype for name, module in tuned.denoisers.items()}
+            device = self.pipe._execution_device
+        else:
+            dtypes, device = recording.dtypes, recording.device
         return Networks(
-            denoisers=tuned.frozen if self._in_reference and tuned.frozen else tuned.denoisers,
-            dtypes={name: tuned.frozen.get(name, module).dtype for name, module in tuned.denoisers.items()},
+            denoisers=tuned.frozen if answer_frozen else tuned.denoisers,
+            dtypes=dtypes,
+            device=device,
+            master_weights=bool(tuned.frozen) and not answer_frozen,
             absent=self.offloaded,
             memo=self.memo,
             encode_prompt=self.pipe.encode_prompt if tuned.text_encoders else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ class Recording:
     """What a replay needs beside the trajectory's latents. Opaque to everybody but this module and the policy.
 
     Args:
-        device (`torch.device`): Where the generators draw.
+        device (`torch.device`): Where the pipeline computes and the generators draw.
+        dtypes (`dict[str, torch.dtype]`): Of the denoisers, as the pipeline sees them.
         scheduler (`str`): Class and config of the scheduler.
         grid ([`SchedulerGrid`]): Of the steps that the pipeline walked: an image-to-image pipeline starts in the middle of its scheduler's.
         begin (`int`): Where in the scheduler's grid.
@@ -35,6 +36,7 @@ class Recording:
     """
 
     device: torch.device
+    dtypes: Mapping[str, torch.dtype]
     scheduler: str
     grid: SchedulerGrid
     begin: int
@@ -150,7 +152,8 @@ class Recorder:
         begin = _begin_index(scheduler, timestep)
         grid, rules, self._actions = self.choose_steps(scheduler, begin)
         self.recording = Recording(
-            device=self.generators[0].device,
+            device=self.networks.device,
+            dtypes=self.networks.dtypes,
             scheduler=self._scheduler,
             grid=grid,
             begin=begin,

@@ -112,13 +112,13 @@ def tune(
         raise ValueError(
             f"the LoRA file of {type(pipe).__name__} has no place for an adapter of a text encoder. Set train_text_encoder = False."
         )
+    networks = {**denoisers, **encoders}
     for name, component in pipe.components.items():
-        if isinstance(component, nn.Module) and name not in denoisers and name not in encoders:
-            refuse_adapter(component, name)
+        if isinstance(component, nn.Module) and name not in networks:
+            refuse_adapter(component, name, networks.values())
             component.requires_grad_(False)
     if full:
         return Tuned(denoisers, {}, {name: _train_all(name, module) for name, module in denoisers.items()})
-    networks = {**denoisers, **encoders}
     configs = dict(peft_config) if isinstance(peft_config, Mapping) else dict.fromkeys(denoisers, peft_config)
     unknown = sorted(set(configs) - set(networks))
     if unknown:
