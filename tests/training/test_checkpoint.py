@@ -346,3 +346,17 @@ def test_settings_that_json_does_not_know_are_saved_as_text(make_trainer):
     trainer.train()
     state = json.loads((trainer.output_dir / "checkpoint-1" / "trainer_state.json").read_text())
     assert "0:00:05" in str(state["config"]["accelerator_kwargs/kwargs_handlers"])
+
+
+@pytest.mark.parametrize(
+    ("name", "default"), [("train_use_lora", True), ("train_text_encoder", False)], ids=["all weights", "text encoder"]
+)
+@pytest.mark.parametrize("begins_with_the_default", [True, False])
+def test_a_run_that_trains_other_weights_cannot_be_resumed(name, default, begins_with_the_default, make_trainer):
+    first = default if begins_with_the_default else not default
+    make_trainer(**{name: first}, sample_num_steps=2).train()
+    with pytest.raises(
+        ValueError,
+        match=f"checkpoint-1 was written with {name} = {first}, and this run has {not first}: other weights are trained. Set it to {first}, or start",
+    ):
+        make_trainer(**{name: not first}, sample_num_steps=2, num_epochs=2).train(resume_from_checkpoint=True)

@@ -145,3 +145,18 @@ def test_the_learning_rate_falls_to_the_end_of_the_run(make_trainer, lines):
     trainer.train()
     rates = [line["learning_rate"] for line in lines(trainer, "learning_rate")]
     assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025])
+
+
+def test_a_window_of_deterministic_steps_is_told_so(make_trainer):
+    """The last step of a flow ends without noise: nothing can be trained there."""
+    trainer = make_trainer(
+        pipe=stable_diffusion_3(),
+        sample_sde_window_size=1,
+        sample_sde_window_start=3,
+        sample_sde_window_schedule="fixed",
+    )
+    with pytest.raises(
+        ValueError,
+        match="no step is an action: the largest standard deviation of the 1 stochastic steps is 0.*another window",
+    ):
+        trainer.train()
