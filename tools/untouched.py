@@ -84,8 +84,9 @@ def comparisons(pipe: DiffusionPipeline) -> list[tuple[Any, str | None, dict[str
     deterministic = (own, None, {})
     if name == "EulerDiscreteScheduler" and config.prediction_type != "sample":  # which its noisy form does not know
         return [deterministic, (diffusers.EulerAncestralDiscreteScheduler.from_config(config), "ancestral", {})]
-    # With sigmas counted the other way round, the noisy form of diffusers adds noise to what is not x0.
-    if name == "FlowMatchEulerDiscreteScheduler" and not config.invert_sigmas:
+    # With sigmas counted the other way round (Mochi), or not those of a flow (Cosmos), the noisy form of diffusers is another process.
+    is_flow = not config.get("invert_sigmas") and (config.get("sigma_max") or 0.0) <= 1.0
+    if name == "FlowMatchEulerDiscreteScheduler" and is_flow:
         return [deterministic, (type(own).from_config(config, stochastic_sampling=True), "cps", {})]
     return [deterministic]
 
@@ -140,11 +141,12 @@ def first_order(pipe: DiffusionPipeline) -> Iterator[None]:
 
 
 def difference_in_other_batches(pipe: DiffusionPipeline, prompts: tuple[str, ...]) -> float:
-    """The largest difference of a log-probability when samples are replayed in another order, or alone; infinite where that raises."""
+    """The largest difference of a log-probability when samples are replayed in another order, or alone; infinite where that raises. `pipe` has
+    its adapters already."""
     arguments = call_arguments(pipe)
     own = {name: value for name, value in arguments.items() if isinstance(value, list) and len(value) == len(prompts)}
     shared = {name: value for name, value in arguments.items() if name not in own}
-    policy = Policy(pipe, tune(pipe, PipelineHooks().denoisers(pipe)), call_kwargs=shared)
+    policy = Policy(pipe, call_kwargs=shared)
     trajectory = policy.rollout(prompts, seeds=list(range(len(prompts))), arguments=own)
     differences = []
     for samples in (list(reversed(range(len(prompts)))), [len(prompts) - 1]):

@@ -174,7 +174,7 @@ def clip_image_projection() -> CLIPImageProjection:
 
 
 CONTROL = picture(2)
-GLIGEN = {"gligen_phrases": ["a cat"], "gligen_boxes": [[0.1, 0.2, 0.7, 0.8]], "gligen_scheduled_sampling_beta": 1.0}
+GLIGEN = {"gligen_phrases": ["a cat"], "gligen_boxes": [[0.1, 0.2, 0.7, 0.8]], "gligen_scheduled_sampling_beta": 0.5}
 
 SPECIAL.update(
     {

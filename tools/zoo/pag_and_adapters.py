@@ -214,6 +214,14 @@ SPECIAL.update(
             "target_embeds": torch.full((1, 16, WIDTH), 0.1),
         },
         "StableDiffusionAttendAndExcite*": {"token_indices": [[2], [2]], "attn_res": (4, 4)},
+        # Guidance with a memory, from the first step on: what it sums up must not be lost.
+        "SemanticStableDiffusion*": {
+            "editing_prompt": ["a hat"],
+            "edit_warmup_steps": 0,
+            "edit_mom_beta": 0.5,
+            "edit_momentum_scale": 0.5,
+        },
+        "StableDiffusionPipelineSafe": {"sld_warmup_steps": 0},
         "StableDiffusionPanorama*": {"height": 512, "width": 512 + 64},  # windows are 64 latents wide: there are two
         "CycleDiffusion*": {"source_prompt": ["a dog", "a blue circle"], "image": [picture(), picture(1)]},
     }
