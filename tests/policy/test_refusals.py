@@ -120,7 +120,7 @@ CUTS = {
 def test_a_pipeline_that_cuts_the_gradient_off(cut):
     refused_by_the_check(
         painter(**CUTS[cut]),
-        r"the model output of step 0 carries no gradient.*cuts it off \(a `.detach\(\)`, `torch.no_grad\(\)`.*take that out",
+        r"the model output of step 0 carries no gradient.*cuts it off \(a `.detach\(\)` or `torch.inference_mode\(\)`.*take that out",
     )
 
 

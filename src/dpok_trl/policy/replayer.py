@@ -148,7 +148,7 @@ class Replayer:
         if self.with_grad and not model_output.requires_grad:
             raise ReplayError(
                 f"the model output of step {step_index} carries no gradient. Either nothing trainable lies in the denoiser, or the "
-                "pipeline cuts it off (a `.detach()`, `torch.no_grad()` or `torch.inference_mode()` around the denoiser in a custom `__call__`): take that out."
+                "pipeline cuts it off (a `.detach()` or `torch.inference_mode()` in a custom `__call__`, or `torch.no_grad()` around its guidance): take that out."
             )
         recorded = self.state(step_index)
         if sample.shape != recorded.shape:
