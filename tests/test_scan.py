@@ -26,6 +26,7 @@ FEW = (
     "IFPipeline",
     "KandinskyV22Pipeline",
     "StableDiffusionPAGPipeline",
+    "StableDiffusionPipelineSafe",
     "StableUnCLIPPipeline",
     "UnCLIPPipeline",
 )
