@@ -234,7 +234,7 @@ def table(rows: list[Row], command: str) -> str:
         "untouched pipeline with its own scheduler, over the inputs of every call of every denoiser and the images, relative to the largest value",
         f"of each; at most {SAME_PATH:g} passes. *Scheduler*: the one it was tried with. *Replay only in the batches of the rollout*: samples replayed in",
         f"another order or alone have other log-probabilities (by more than {SAME_ROWS:g}), or the call refuses them, because something belongs to the batch as",
-        "a whole: a picture that is encoded once, noise of torch's global generator.",
+        "a whole: a picture that is encoded once, noise of torch's global generator, padding up to the longest prompt.",
     ]
     for group, meaning in GROUPS.items():
         members = [row for row in rows if row.group == group]
