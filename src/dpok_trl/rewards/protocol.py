@@ -63,11 +63,11 @@ def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
     """`torch.Tensor` of shape `(B, 3, H, W)`, values in [0, 1].
 
     Raises:
-        `ValueError`: If the pictures differ in size.
+        [`ProtocolError`]: If the pictures differ in size.
     """
     sizes = sorted({picture.size for picture in pictures})
     if len(sizes) > 1:
-        raise ValueError(f"pictures of different sizes do not make a tensor: {sizes[0]} and {sizes[1]}.")
+        raise ProtocolError(f'the "images" of a request must be of one size; there are {sizes[0]} and {sizes[1]}')
     arrays = [np.asarray(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
