@@ -70,9 +70,7 @@ class RemoteReward:
             headers=headers,
             transport=transport,
         )
-        self.request_size = (
-            batch_size  # an attribute `batch_size` would have the caller cut the batch, one request at a time
-        )
+        self.batch_size = batch_size
         self.metadata_columns = metadata_columns
 
     def __call__(
@@ -97,7 +95,7 @@ class RemoteReward:
             raise ValueError(
                 f"images, prompts and metadata must be equally many; got {len(pictures)}, {len(prompts)} and {len(metadata)}."
             )
-        parts = [slice(start, start + self.request_size) for start in range(0, len(pictures), self.request_size)]
+        parts = [slice(start, start + self.batch_size) for start in range(0, len(pictures), self.batch_size)]
         try:
             bodies = [encode_request(pictures[part], prompts[part], metadata[part]) for part in parts]
         except TypeError as error:
