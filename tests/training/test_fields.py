@@ -357,8 +357,8 @@ def _reward_offload(run, monkeypatch):
 
 @case("async_reward_computation", "max_workers")
 def _threads(run, monkeypatch):
-    assert run.make().executor is None
-    executor = run.make(async_reward_computation=True, max_workers=3).executor
+    assert run.make().scoring.executor is None
+    executor = run.make(async_reward_computation=True, max_workers=3).scoring.executor
     barrier_of_three = threading.Barrier(3, timeout=20)
     for job in [executor.submit(barrier_of_three.wait) for _ in range(3)]:
         job.result()  # three at a time, or the barrier breaks

@@ -492,7 +492,7 @@ def test_rewards_are_computed_in_threads_beside_the_sampling(make_trainer):
         return trajectory
 
     trainer.policy.rollout = slow_rollout
-    submit = trainer.executor.submit
+    submit = trainer.scoring.executor.submit
 
     def submit_and_wait_for_the_start(*args):
         job = submit(*args)
@@ -500,7 +500,7 @@ def test_rewards_are_computed_in_threads_beside_the_sampling(make_trainer):
             threading.Event().wait(0.001)
         return job
 
-    trainer.executor.submit = submit_and_wait_for_the_start
+    trainer.scoring.executor.submit = submit_and_wait_for_the_start
     trainer.train()
     assert log == [False, False]
     assert begun == [0, 1]  # when the second batch was sampled, the first was being scored

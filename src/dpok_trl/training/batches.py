@@ -12,19 +12,21 @@ import torch
 
 from dpok_trl.core.gaussian import Gaussian
 from dpok_trl.core.trajectory import Trajectory, Transitions
+from dpok_trl.rewards.binding import RewardInputs
+from dpok_trl.rewards.combining import Scores
 from dpok_trl.training.config_checks import smallest_fraction
 
 
 @dataclass
 class SampledBatch:
-    """One sampling batch of this process: its trajectory, what the user handed over with the prompts, and the rewards."""
+    """One sampling batch of this process: its trajectory, what the user handed over with the prompts, and what the rewards say."""
 
     trajectory: Trajectory
     metadata: tuple[Any, ...]
-    job: Future | None = None  # of async rewards
-    rewards: torch.Tensor | None = None  # (B,) float32 on the CPU
-    reward_metadata: Any = None
-    seconds: float = 0.0  # spent in the reward function
+    inputs: RewardInputs | None = None  # what the rewards see
+    job: Future | None = None  # of the rewards that overlap with sampling
+    scores: Scores | None = None  # of all rewards
+    rewards: torch.Tensor | None = None  # (B,) float32 on the CPU: their total, NaN for an image that does not count
 
 
 @dataclass

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from dpok_trl.policy.hooks import PipelineHooks
 from dpok_trl.policy.policy import Policy
 from dpok_trl.policy.tuning import tune
+from dpok_trl.rewards.combining import RewardSet
 from dpok_trl.training.config import DPOKConfig
 
 
@@ -116,13 +117,10 @@ def encoders_off_the_device(policy: Policy, offload: bool) -> Iterator[None]:
 
 
 @contextmanager
-def on_the_device(reward: Any, device: torch.device, offload: bool) -> Iterator[None]:
-    """Within it a reward that is kept off the device is on it."""
-    if not offload:
-        yield
-        return
-    reward.to(device)
+def on_the_device(rewards: RewardSet, device: torch.device) -> Iterator[None]:
+    """Within it rewards that are kept off the device are on it."""
+    rewards.to(device)
     try:
         yield
     finally:
-        reward.to("cpu")
+        rewards.to("cpu")

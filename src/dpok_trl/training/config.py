@@ -186,8 +186,26 @@ class DPOKConfig:
     negative_prompts: str = field(default="", metadata={"help": "One negative prompt, used with every prompt."})
 
     # --- rewards and advantages
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward, in their order. None: 1 for each."}
+    )
+    reward_aggregation: str = field(
+        default="sum",
+        metadata={
+            "help": "sum: of the weighted rewards; normalize_then_sum: of each after it was normalised over the images of its prompt.",
+            "choices": ["sum", "normalize_then_sum"],
+        },
+    )
+    reward_on_error: str = field(
+        default="mask",
+        metadata={
+            "help": "What a NaN or infinite reward does. mask: its image is left out of the update and all statistics, and counted; raise: the run stops. "
+            "A whole batch of them always stops it.",
+            "choices": ["mask", "raise"],
+        },
+    )
     reward_offload: bool = field(
-        default=False, metadata={"help": "Keep a reward that is a torch module off the device but while it scores."}
+        default=False, metadata={"help": "Keep rewards that run a network off the device but while they score."}
     )
     async_reward_computation: bool = field(
         default=False, metadata={"help": "Compute rewards in threads while the next batch is sampled."}

@@ -154,6 +154,11 @@ def check_combinations(config: DPOKConfig) -> None:
         )
     if not config.train_use_lora and (config.train_lora_rank is not None or config.train_lora_alpha is not None):
         raise ValueError("train_lora_rank and train_lora_alpha would do nothing with train_use_lora = False.")
+    if config.reward_aggregation == "normalize_then_sum" and config.sample_num_images_per_prompt < 2:
+        raise ValueError(
+            "reward_aggregation = 'normalize_then_sum' compares images of the same prompt and needs sample_num_images_per_prompt of at least 2; given: "
+            f"{config.sample_num_images_per_prompt}."
+        )
     if config.reward_offload and config.async_reward_computation:
         raise ValueError(
             "reward_offload = True keeps the reward off the device while images are sampled, and async_reward_computation = True scores just "

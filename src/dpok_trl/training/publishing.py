@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from dpok_trl.policy.tuning import Tuned
 from dpok_trl.results.hub import push_folder, write_model_card
-from dpok_trl.rewards.base import RewardFunction, reward_name
+from dpok_trl.rewards.combining import RewardSet
 from dpok_trl.training.config import DPOKConfig
 
 
@@ -23,7 +23,7 @@ class PublishingMixin:
     output_dir: Path
     pipeline: DiffusionPipeline
     tuned: Tuned
-    reward_fn: RewardFunction
+    rewards: RewardSet
     first_epoch: int
     global_step: int
     last_metrics: dict[str, float]
@@ -116,7 +116,7 @@ class PublishingMixin:
             loading_code=lambda base, repository: self.tuned.loading_code(self.pipeline, base, repository),
             dataset_name=dataset_name,
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            reward=reward_name(self.reward_fn),
+            reward=", ".join(self.rewards.names),
             config=self.config.to_dict(),
             epochs=self.first_epoch,
             updates=self.global_step,

@@ -31,14 +31,17 @@ from dpok_trl.policy.loading import load_pipeline
 from dpok_trl.policy.replayer import ReplayedStep
 from dpok_trl.prompts import prompt_source
 from dpok_trl.results.runlog import RunLog, log_images_to
-from dpok_trl.rewards.base import RewardError, reward_name, score
+from dpok_trl.rewards.base import RewardError
+from dpok_trl.rewards.binding import TrainerState
+from dpok_trl.rewards.combining import RewardSet
 from dpok_trl.training.batches import SampledBatch, TrainingBatch, Update, cut_batches, plan_updates
-from dpok_trl.training.building import build_policy, encoders_off_the_device, on_the_device
+from dpok_trl.training.building import build_policy, encoders_off_the_device
 from dpok_trl.training.checkpoint import Checkpoints
 from dpok_trl.training.config import DPOKConfig
 from dpok_trl.training.publishing import PublishingMixin
 from dpok_trl.training.ratio import RatioError, anchor, check_ratio, refuse_ratio
-from dpok_trl.training.setup import make_accelerator, make_optimizer, reward_threads, settle_output_dir
+from dpok_trl.training.scoring import Scoring
+from dpok_trl.training.setup import make_accelerator, make_optimizer, settle_output_dir
 from dpok_trl.training.window import sde_window
 
 
@@ -50,8 +53,9 @@ class DPOKTrainer(PublishingMixin):
 
     Args:
         config ([`DPOKConfig`])
-        reward_function (`Callable`): `(images, prompts, prompt_metadata) -> rewards` or `(rewards, reward_metadata)`, as in DDPO: images are
-            a tensor `(B, 3, H, W)` in [0, 1] on the device, prompts and metadata are tuples of length `B`, rewards are `B` finite numbers.
+        reward_function: A reward, a list of them, or a dict from names to them. A reward is a function (of `(images, prompts, prompt_metadata)` as in DDPO, or
+            bound by the names of its parameters, see docs/rewards.md), the name of a shipped one (`"image-reward"`), `"module:function"`, or the address of
+            a server (`"http://..."`).
         prompt_function: A DDPO callable `() -> (prompt, metadata)`, a list of prompts, or a `datasets.Dataset` with a "prompt" column.
         sd_pipeline: Any diffusers text-to-image pipeline, a [`DefaultDPOKStableDiffusionPipeline`], a Hub id or a folder. It is used in place:
             after training its denoiser holds the tuned adapter; all other weights are as they were, and frozen.
@@ -71,7 +75,7 @@ class DPOKTrainer(PublishingMixin):
     def __init__(
         self,
         config: DPOKConfig,
-        reward_function: Callable[..., Any],
+        reward_function: Any,
         prompt_function: Any,
         sd_pipeline: DiffusionPipeline | DefaultDPOKStableDiffusionPipeline | str | Path,
         image_samples_hook: Callable[[Any, int, Any], Any] | None = None,
@@ -79,23 +83,13 @@ class DPOKTrainer(PublishingMixin):
         peft_config: LoraConfig | Mapping[str, LoraConfig] | None = None,
         pipeline_hooks: PipelineHooks | None = None,
     ):
-        if not callable(reward_function):
-            raise ValueError(
-                f"reward_function must be a function of (images, prompts, metadata), given: {reward_function!r}. Rewards by name are not there yet."
-            )
-        if config.reward_offload and not isinstance(reward_function, torch.nn.Module):
-            raise ValueError(
-                f"reward_offload = True needs a reward that is a torch.nn.Module, given: {reward_name(reward_function)}. Set it to False."
-            )
-        if config.reward_offload:
-            reward_function.to("cpu")  # where it is between two rounds of scoring
         wrapper = sd_pipeline if isinstance(sd_pipeline, DefaultDPOKStableDiffusionPipeline) else None
         if wrapper is not None and not wrapper.use_lora:
             config = replace(config, train_use_lora=False)  # where DDPO says it
         self.config = config
-        self.reward_fn = reward_function
         self.image_samples_callback = image_samples_hook
         self.accelerator = make_accelerator(config)
+        self.reward_fn = reward_function
         self.output_dir = settle_output_dir(config, self.accelerator)
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         self.prompts = prompt_source(
@@ -136,7 +130,6 @@ class DPOKTrainer(PublishingMixin):
             self.stat_tracker = PerPromptStatTracker(
                 config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
             )
-        self.executor = reward_threads(config, self.accelerator.device) if config.async_reward_computation else None
 
         self.first_epoch = 0
         self.global_step = 0
@@ -205,9 +198,11 @@ class DPOKTrainer(PublishingMixin):
     def step(self, epoch: int, global_step: int) -> int:
         """One round: sample, score, and update on what was sampled. Returns the number of optimizer steps done so far."""
         batches, sampling_metrics = self.sample(epoch)
-        prompts, rewards = self._gather(batches)
+        prompts, rewards, reward_metrics = self.scoring.gather(batches)
         advantages = self.advantages(prompts, rewards)
-        self._log_round(epoch, global_step, batches, rewards, sampling_metrics)
+        self._log_round(
+            epoch, global_step, batches, {"images": (epoch + 1) * len(rewards), **reward_metrics, **sampling_metrics}
+        )
 
         started = time.monotonic()
         kl = []
@@ -220,7 +215,7 @@ class DPOKTrainer(PublishingMixin):
                     self._log({"epoch": epoch, "inner_epoch": inner_epoch, **metrics}, global_step)
                     kl += [metrics["kl"]] if "kl" in metrics else []
         self._log({"epoch": epoch, "time/update": time.monotonic() - started}, global_step)
-        self._shown = {"reward": rewards.mean().item()} | ({"kl": sum(kl) / len(kl)} if kl else {})
+        self._shown = {"reward": reward_metrics["reward"]} | ({"kl": sum(kl) / len(kl)} if kl else {})
         return global_step
 
     # ---------------------------------------------------------------- sampling and rewards
@@ -249,6 +244,7 @@ class DPOKTrainer(PublishingMixin):
     def _sample_and_score(self, epoch: int) -> tuple[list[SampledBatch], dict[str, float]]:
         batches = []
         started = time.monotonic()
+        state = TrainerState(epoch, self.global_step)
         for index in self._progress(range(self.config.sample_num_batches_per_epoch), "rollout"):
             prompts, metadata = self.prompts.draw(self.config.sample_batch_size)
             with self.accelerator.autocast():
@@ -256,64 +252,59 @@ class DPOKTrainer(PublishingMixin):
                     prompts, self._seeds(epoch, index), self._arguments(metadata), sde_window(self.config, epoch)
                 )
             batch = SampledBatch(trajectory, tuple(metadata))
-            if self.executor is not None:
-                batch.job = self.executor.submit(self._score, batch)
+            self.scoring.begin(batch, state)
             batches.append(batch)
         sampled = time.monotonic()
-        with on_the_device(self.reward_fn, self.accelerator.device, self.config.reward_offload):
-            for batch in batches:
-                if batch.job is None:
-                    self._score(batch)
-                else:
-                    batch.job.result()
+        self.scoring.finish(batches)
         return batches, {"time/rollout": sampled - started, "time/reward": time.monotonic() - sampled}
+
+    @property
+    def reward_fn(self) -> Any:
+        """The rewards as they were given (DDPO's name). Others may be set."""
+        return self._reward_fn
+
+    @reward_fn.setter
+    def reward_fn(self, reward_function: Any) -> None:
+        self._reward_fn = reward_function
+        self.scoring = Scoring(reward_function, self.config, self.accelerator)
+
+    @property
+    def rewards(self) -> RewardSet:
+        """The rewards of the run."""
+        return self.scoring.rewards
 
     def compute_rewards(
         self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False
     ) -> tuple[tuple, tuple]:
-        """Scores sampling batches, as DDPO's method of this name.
+        """Scores batches of images, as DDPO's method of this name.
 
         Args:
             prompt_image_pairs: For each batch `[images, prompts, prompt_metadata]`.
-            is_async (`bool`): In threads (`config.max_workers`), one task for each batch.
+            is_async (`bool`): In threads, one for each batch.
 
         Returns:
-            `tuple[tuple, tuple]`: The rewards `(B,)` and the reward metadata of each batch.
+            `tuple[tuple, tuple]`: The rewards `(B,)` (the total of several; NaN for an image that a reward failed for) and the reward metadata of each batch.
         """
-
-        def compute(pair: Sequence[Any]) -> tuple[torch.Tensor, Any]:
-            return score(self.reward_fn, pair[0], pair[1], pair[2])
-
-        if is_async:
-            with reward_threads(self.config, self.accelerator.device) as executor:
-                results = list(executor.map(compute, prompt_image_pairs))
-        else:
-            results = [compute(pair) for pair in prompt_image_pairs]
-        rewards, metadata = zip(*results, strict=True)
+        rewards, metadata = zip(*self.scoring.compute(prompt_image_pairs, is_async), strict=True)
         return rewards, metadata
 
     def advantages(self, prompts: Sequence[str], rewards: torch.Tensor) -> torch.Tensor:
-        """Advantages `(N,)` of the samples of all processes, whitened by `per_prompt_stat_tracking` or `train_adv_type`, and clipped."""
+        """Advantages `(N,)` of the samples of all processes, whitened by `per_prompt_stat_tracking` or `train_adv_type`, and clipped. A sample whose reward is
+        not finite has the advantage 0 and is out of every statistic."""
+        counts = rewards.isfinite()
+        advantages = torch.zeros_like(rewards)
+        prompts, rewards = (
+            [prompt for prompt, one in zip(prompts, counts.tolist(), strict=True) if one],
+            rewards[counts],
+        )
         if self.stat_tracker is not None:
-            advantages = self.stat_tracker.update(prompts, rewards)
+            whitened = self.stat_tracker.update(prompts, rewards)
         elif self.config.train_adv_type == "group":
-            advantages = group_advantages(rewards, prompts)
+            whitened = group_advantages(rewards, prompts)
         else:
-            advantages = batch_advantages(rewards)
-        return clip_advantages(advantages, self.config.train_adv_clip_max)
-
-    def _score(self, batch: SampledBatch) -> None:
-        started = time.monotonic()
-        trajectory = batch.trajectory
-        pair = (trajectory.images, tuple(trajectory.prompts), batch.metadata)
-        (batch.rewards,), (batch.reward_metadata,) = self.compute_rewards([pair])
-        batch.seconds = time.monotonic() - started
-
-    def _gather(self, batches: list[SampledBatch]) -> tuple[list[str], torch.Tensor]:
-        """Prompts and rewards of all processes, process after process."""
-        local = torch.cat([batch.rewards for batch in batches]).to(self.accelerator.device)
-        prompts = gather_object([prompt for batch in batches for prompt in batch.trajectory.prompts])
-        return prompts, self.accelerator.gather(local).cpu()
+            whitened = batch_advantages(rewards)
+        advantages[counts] = clip_advantages(whitened, self.config.train_adv_clip_max)
+        return advantages
 
     # ---------------------------------------------------------------- the update
 
@@ -469,20 +460,8 @@ class DPOKTrainer(PublishingMixin):
 
     # ---------------------------------------------------------------- the log
 
-    def _log_round(
-        self,
-        epoch: int,
-        global_step: int,
-        batches: list[SampledBatch],
-        rewards: torch.Tensor,
-        timings: dict[str, float],
-    ) -> None:
-        name = reward_name(self.reward_fn)
-        mean, std = rewards.mean().item(), rewards.std(correction=0).item()
-        metrics = {"epoch": epoch, "images": (epoch + 1) * len(rewards), "reward": mean, "reward_std": std}
-        metrics.update({f"rewards/{name}/mean": mean, f"rewards/{name}/std": std})
-        metrics[f"rewards/{name}/seconds"] = sum(batch.seconds for batch in batches)
-        self._log({**metrics, **timings}, global_step)
+    def _log_round(self, epoch: int, global_step: int, batches: list[SampledBatch], metrics: dict[str, float]) -> None:
+        self._log({"epoch": epoch, **metrics}, global_step)
         if not self.accelerator.is_main_process:
             return
         if self.config.sample_grid_freq and epoch % self.config.sample_grid_freq == 0:
@@ -496,7 +475,7 @@ class DPOKTrainer(PublishingMixin):
         if self.image_samples_callback is not None:
             tracker = self.accelerator.trackers[0] if self.accelerator.trackers else self.run_log
             data = [
-                [b.trajectory.images, tuple(b.trajectory.prompts), b.metadata, b.rewards, b.reward_metadata]
+                [b.trajectory.images, tuple(b.trajectory.prompts), b.metadata, b.rewards, b.scores.info]
                 for b in batches
             ]
             self.image_samples_callback(data, global_step, tracker)

@@ -1,0 +1,76 @@
+"""Rewards by name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from dpok_trl.rewards.info import RewardInfo
+
+
+# name -> module and attribute; a class is made without arguments
+SHIPPED = {
+    "image-reward": "dpok_trl.rewards.image_reward:ImageReward",
+    "hpsv2.1": "dpok_trl.rewards.hps:HPSv21",
+    "hpsv2": "dpok_trl.rewards.hps:HPSv2",
+    "pickscore": "dpok_trl.rewards.clip:PickScore",
+    "clip-score": "dpok_trl.rewards.clip:CLIPScore",
+    "aesthetic": "dpok_trl.rewards.aesthetic:Aesthetic",
+    "jpeg-compressibility": "dpok_trl.rewards.jpeg:JpegCompressibility",
+    "jpeg-incompressibility": "dpok_trl.rewards.jpeg:JpegIncompressibility",
+    "diversity": "dpok_trl.rewards.diversity:PairwiseDiversity",
+    "demo-exact": "dpok_trl.rewards.demo:DemoExact",
+    "demo-soft": "dpok_trl.rewards.demo:DemoSoft",
+    "demo-greenness": "dpok_trl.rewards.demo:DemoGreenness",
+}
+
+
+def load_reward(reward: Any, **kwargs: Any) -> Callable[..., Any]:
+    """A reward function from what a user may write.
+
+    Args:
+        reward: A function, as it is; the name of a shipped reward; `"module:function"`; the address of a server, `"http://..."`.
+        kwargs: Of the constructor of a shipped reward or the client (`device`, `weights`, `revision` ...).
+
+    Raises:
+        `ValueError`: For an unknown name, with the nearest one, and for a module or function that is not there.
+    """
+    if not isinstance(reward, str):
+        return reward
+    if reward.startswith(("http://", "https://")):
+        from dpok_trl.rewards.remote import RemoteReward
+
+        return RemoteReward(reward, **kwargs)
+    if reward in SHIPPED:
+        return _attribute(SHIPPED[reward])(**kwargs)
+    if ":" in reward:
+        return _attribute(reward)
+    close = difflib.get_close_matches(reward, SHIPPED, n=1, cutoff=0.4)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    raise ValueError(
+        f"there is no reward named '{reward}'.{hint} There are: {', '.join(SHIPPED)}; 'module:function' and 'http://...' work too."
+    )
+
+
+def shipped_rewards() -> list[RewardInfo]:
+    """What the shipped rewards say of themselves; loads no weights."""
+    return [_attribute(place).info for place in SHIPPED.values()]
+
+
+def _attribute(place: str) -> Any:
+    module_name, _, name = place.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not module_name.startswith(error.name):
+            raise  # something that the module itself needs
+        raise ValueError(f"there is no module '{module_name}' (of '{place}'); is it on PYTHONPATH?") from error
+    if not hasattr(module, name):
+        close = difflib.get_close_matches(name, dir(module), n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"the module '{module_name}' has no '{name}'.{hint}")
+    return getattr(module, name)

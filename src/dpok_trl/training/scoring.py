@@ -1,0 +1,127 @@
+"""The rewards of a run at work: asked while sampling goes on or after it, gathered over the processes, and logged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from dpok_trl.rewards.base import RewardError
+from dpok_trl.rewards.binding import RewardInputs, TrainerState
+from dpok_trl.rewards.combining import RewardSet, join_scores
+from dpok_trl.training.batches import SampledBatch
+from dpok_trl.training.building import on_the_device
+from dpok_trl.training.config import DPOKConfig
+from dpok_trl.training.setup import reward_threads
+
+
+class Scoring:
+    """
+    Args:
+        rewards: What the user gave; see [`RewardSet`].
+        config ([`DPOKConfig`]): Its `reward_` settings, `async_reward_computation` and `max_workers`.
+        accelerator (`Accelerator`)
+
+    Raises:
+        `ValueError`: For rewards and settings that do not go together.
+    """
+
+    def __init__(self, rewards: Any, config: DPOKConfig, accelerator: Accelerator):
+        self.rewards = RewardSet(
+            rewards, config.reward_weights, config.reward_aggregation, config.reward_on_error, accelerator.device
+        )
+        self.accelerator = accelerator
+        self.offload = config.reward_offload
+        if self.offload and not self.rewards.have_networks:
+            raise ValueError(
+                "reward_offload = True needs a reward that can be moved (a torch.nn.Module, or anything else with `to`), given: "
+                f"{', '.join(self.rewards.names)}. Set it to False."
+            )
+        if self.offload:
+            self.rewards.to("cpu")  # where they are between two rounds of scoring
+        # in threads while sampling goes on: what waits for another machine or the CPU, and what the user says
+        threaded = [config.async_reward_computation or reward.overlaps for reward in self.rewards.rewards]
+        self.early = [index for index, one in enumerate(threaded) if one]
+        self.late = [index for index, one in enumerate(threaded) if not one]
+        self.executor: ThreadPoolExecutor | None = reward_threads(config, accelerator.device) if self.early else None
+
+    def begin(self, batch: SampledBatch, state: TrainerState) -> None:
+        """A batch is there: its overlapping rewards may start."""
+        batch.inputs = RewardInputs(batch.trajectory.images, tuple(batch.trajectory.prompts), batch.metadata, state)
+        if self.executor is not None:
+            batch.job = self.executor.submit(self.rewards.score, batch.inputs, self.early)
+
+    def finish(self, batches: Sequence[SampledBatch]) -> None:
+        """All batches are there: asks the other rewards, and waits for those that have begun.
+
+        Raises:
+            [`RewardError`]: See [`RewardSet.score`].
+        """
+        with on_the_device(self.rewards, self.accelerator.device) if self.offload else nullcontext():
+            for batch in batches:
+                parts = [(self.late, self.rewards.score(batch.inputs, self.late))] if self.late else []
+                if batch.job is not None:
+                    parts.append((self.early, batch.job.result()))
+                batch.scores = join_scores(parts)
+                batch.rewards, _ = self.rewards.total(batch.scores.values, batch.scores.applies, batch.inputs.prompts)
+
+    def gather(self, batches: Sequence[SampledBatch]) -> tuple[list[str], torch.Tensor, dict[str, float]]:
+        """Of all processes, process after process.
+
+        Returns:
+            `tuple[list[str], torch.Tensor, dict[str, float]]`: The prompts; the rewards `(N,)`, NaN for an image that does not count; the metrics.
+
+        Raises:
+            [`RewardError`]: If no image counts.
+        """
+        device = self.accelerator.device
+        local = [torch.cat([getattr(batch.scores, name) for batch in batches]) for name in ("values", "applies")]
+        values, applies = (self.accelerator.gather(one.to(device)).cpu() for one in local)
+        prompts = gather_object([prompt for batch in batches for prompt in batch.trajectory.prompts])
+        rewards, counts = self.rewards.total(values, applies, prompts)
+        if not counts.any():
+            raise RewardError(
+                f"none of the {len(rewards)} images of the round has a reward: each has one that failed, or none that applies."
+            )
+        metrics = {
+            "images_left_out": int((~counts).sum()),
+            "reward": rewards[counts].mean().item(),
+            "reward_std": rewards[counts].std(correction=0).item(),
+        }
+        return prompts, rewards, {**metrics, **self._metrics(batches, values, applies)}
+
+    def _metrics(
+        self, batches: Sequence[SampledBatch], values: torch.Tensor, applies: torch.Tensor
+    ) -> dict[str, float]:
+        """Of each reward: mean and standard deviation of what is finite, how many are not, and the seconds of this process."""
+        metrics: dict[str, float] = {}
+        for column, name in enumerate(self.rewards.names):
+            asked = values[applies[:, column], column]
+            finite = asked[asked.isfinite()]
+            if len(finite):
+                metrics[f"rewards/{name}/mean"] = finite.mean().item()
+                metrics[f"rewards/{name}/std"] = finite.std(correction=0).item()
+            metrics[f"rewards/{name}/nonfinite"] = len(asked) - len(finite)
+            metrics[f"rewards/{name}/seconds"] = sum(batch.scores.seconds[column] for batch in batches)
+        logged = gather_object([batch.scores.metrics for batch in batches])
+        for name in dict.fromkeys(name for one in logged for name in one):
+            numbers = [number for one in logged for number in one.get(name, [])]
+            metrics[name] = sum(numbers) / len(numbers)
+        return metrics
+
+    def compute(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool) -> list[tuple[torch.Tensor, Any]]:
+        """Total and info for batches `[images, prompts, metadata]` of somebody else's."""
+
+        def score(pair: Sequence[Any]) -> tuple[torch.Tensor, Any]:
+            scores = self.rewards.score(RewardInputs(pair[0], tuple(pair[1]), tuple(pair[2])))
+            return self.rewards.total(scores.values, scores.applies, pair[1])[0], scores.info
+
+        if not is_async:
+            return [score(pair) for pair in prompt_image_pairs]
+        with ThreadPoolExecutor(len(prompt_image_pairs)) as executor:
+            return list(executor.map(score, prompt_image_pairs))
