@@ -13,7 +13,7 @@ from torch import nn
 from dpok_trl.rewards import weights
 from dpok_trl.rewards.base import RewardError
 from dpok_trl.rewards.info import RewardInfo
-from dpok_trl.rewards.weights import ModelReward, build, find_file, load_state_dict, shared
+from dpok_trl.rewards.weights import ModelReward, build, find_file, load_state_dict, load_tokenizer, shared
 
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.tensor([0.5, -0.5])}
@@ -114,6 +114,20 @@ def test_hub_that_does_not_answer(monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(RewardError, match=r"could not get model\.pt of owner/name at v1 from the Hub \(no route\)"):
         find_file("owner/name", "model.pt", "v1")
+
+
+@pytest.mark.parametrize("name", ["BertTokenizer", "CLIPTokenizer"])
+def test_tokenizer_that_is_not_there(name, tmp_path, monkeypatch):
+    """transformers makes an empty one of each."""
+    import transformers
+
+    tokenizer_class = getattr(transformers, name)
+    monkeypatch.setattr(tokenizer_class, "from_pretrained", lambda *given, **named: tokenizer_class())
+    with pytest.raises(RewardError, match="found no vocabulary at owner/name"):
+        load_tokenizer(tokenizer_class, "owner/name")
+    monkeypatch.undo()
+    with pytest.raises(RewardError, match="could not get the tokenizer"):
+        load_tokenizer(tokenizer_class, str(tmp_path / "nowhere"))
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

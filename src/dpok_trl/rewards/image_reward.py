@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dpok_trl.rewards.info import RewardInfo
 from dpok_trl.rewards.pictures import openai_clip_pixels
-from dpok_trl.rewards.weights import ModelReward, build, load_state_dict, shared
+from dpok_trl.rewards.weights import ModelReward, build, load_state_dict, load_tokenizer, shared
 
 
 logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def make_tokenizer(tokenizer: str) -> Any:
     """BERT's tokenizer with the two tokens that BLIP added: they are never put in front, but a prompt may spell them."""
     from transformers import BertTokenizer
 
-    made = BertTokenizer.from_pretrained(tokenizer)
+    made = load_tokenizer(BertTokenizer, tokenizer)
     made.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
     if len(made) != TEXT["vocab_size"]:
         raise ValueError(

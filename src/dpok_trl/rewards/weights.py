@@ -103,6 +103,25 @@ def load_state_dict(weights: str | Path, filename: str, revision: str | None = N
     return dict(checkpoint)
 
 
+def load_tokenizer(tokenizer_class: Any, tokenizer: str, revision: str | None = None) -> Any:
+    """
+    A tokenizer of the given class from a Hub id or a folder.
+
+    Raises:
+        [`RewardError`]: if there is none. (Where transformers finds no file, and there is no network, it makes a tokenizer of
+            special tokens alone and says nothing: every prompt would read the same.)
+    """
+    try:
+        made = tokenizer_class.from_pretrained(tokenizer, revision=revision)
+    except OSError as error:
+        raise RewardError(f"could not get the tokenizer {tokenizer}: {error}") from error
+    if len(made) <= len(made.all_special_tokens):
+        raise RewardError(
+            f"found no vocabulary at {tokenizer}. On a machine without network give `tokenizer` a folder with the files of the tokenizer."
+        )
+    return made
+
+
 # ---------------------------------------------------------------- models
 
 
