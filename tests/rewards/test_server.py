@@ -20,6 +20,7 @@ from PIL import Image
 from dpok_trl.commands import serve_reward
 from dpok_trl.rewards.base import RewardError, score_batch
 from dpok_trl.rewards.binding import BoundReward, RewardInputs
+from dpok_trl.rewards.combining import RewardSet
 from dpok_trl.rewards.info import RewardInfo
 from dpok_trl.rewards.protocol import encode_request
 from dpok_trl.rewards.remote import RemoteReward
@@ -110,6 +111,14 @@ def test_scores_equal_the_local_ones(reward, batch_size):
             assert torch.equal(there.values.nan_to_num(-7), local.values.nan_to_num(-7))
     if reward is with_info:
         assert there.info == {"length": [len(p) for p in PROMPTS], "size": [5] * 5}
+
+
+def test_by_its_address_among_the_rewards_of_a_run():
+    inputs = RewardInputs(images(4), PROMPTS[:4], ({},) * 4)
+    with serving(sometimes) as url:
+        scores = RewardSet({"there": url, "here": sometimes}).score(inputs)
+    assert torch.equal(scores.values[:, 0].nan_to_num(-7), scores.values[:, 1].nan_to_num(-7))
+    assert scores.applies.tolist() == [[True] * 2, [False] * 2, [True] * 2, [True] * 2]
 
 
 def test_one_call_at_a_time_and_of_the_batch_size():
