@@ -228,11 +228,11 @@ def test_one_that_hangs_is_nan_the_others_count():
 
     with serving(answer) as (url, _):
         started = time.monotonic()
-        rewards, info = judge(url, timeout=0.15, retries=0)(pictures(2), ["hang", "a"])
+        rewards, info = judge(url, timeout=0.7, retries=0)(pictures(2), ["hang", "a"])
         elapsed = time.monotonic() - started
         release.set()
     assert math.isnan(rewards[0]) and rewards[1] == 1.0 and info == {"answers": [None, "yes"]}
-    assert elapsed < 2
+    assert elapsed < 5
 
 
 def test_all_failed():
@@ -257,7 +257,7 @@ def test_a_malformed_answer_is_named(body, words):
 
 
 def test_eight_requests_overlap():
-    delay = 0.1
+    delay = 0.2
 
     def slow(request):
         time.sleep(delay)
@@ -268,7 +268,7 @@ def test_eight_requests_overlap():
         rewards, _ = judge(url)(pictures(8), list("abcdefgh"))
         elapsed = time.monotonic() - started
     assert rewards == pytest.approx([0.75] * 8) and len(requests) == 8
-    assert elapsed < 8 * delay / 2
+    assert elapsed < 8 * delay * 0.75
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
