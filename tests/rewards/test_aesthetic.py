@@ -11,7 +11,7 @@ from tiny_clip import PROMPTS
 
 from dpok_trl.rewards.aesthetic import Aesthetic
 from dpok_trl.rewards.base import RewardError
-from dpok_trl.rewards.clip import ClipScore
+from dpok_trl.rewards.clip import CLIPScore
 
 
 TOLERANCE = 1e-4  # scores of about 1 through five linear layers in float32
@@ -85,14 +85,14 @@ def test_batch_size_and_order_change_nothing(clip, weights):
 
 
 def test_clip_is_shared_and_let_go(clip, weights):
-    aesthetic, clip_score = Aesthetic(weights, clip=clip), ClipScore(clip)
+    aesthetic, clip_score = Aesthetic(weights, clip=clip), CLIPScore(clip)
     aesthetic(PICTURES, PROMPTS)
     clip_score(PICTURES, PROMPTS)
     assert aesthetic._model.clip is clip_score._model
     kept = clip_score._model
     del aesthetic, clip_score
     gc.collect()
-    other = ClipScore(clip)
+    other = CLIPScore(clip)
     other(PICTURES, PROMPTS)
     assert other._model is kept
 

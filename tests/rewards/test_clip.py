@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_clip import PROMPTS
 
 from dpok_trl.rewards.base import RewardError
-from dpok_trl.rewards.clip import Clip, ClipScore, PickScore
+from dpok_trl.rewards.clip import Clip, CLIPScore, PickScore
 from dpok_trl.rewards.pictures import clip_pixels
 
 
@@ -44,7 +44,7 @@ def oracle(folder):
 
 
 def test_clip_score(folder, oracle):
-    scores = ClipScore(folder)(PICTURES, PROMPTS)
+    scores = CLIPScore(folder)(PICTURES, PROMPTS)
     assert oracle.min() < -0.05 and oracle.max() > 0.05  # both sides of the clip
     assert (scores - (100 * oracle).clamp(min=0)).abs().max() < 100 * TOLERANCE
     assert (scores.dtype, scores.device.type, scores.shape) == (torch.float32, "cpu", (5,))
@@ -75,7 +75,7 @@ def test_each_distinct_prompt_is_encoded_once(folder, monkeypatch):
     monkeypatch.setattr(
         Clip, "embed_prompts", lambda self, prompts: seen.append(list(prompts)) or embed(self, prompts)
     )
-    ClipScore(folder, batch_size=3)(PICTURES, PROMPTS)
+    CLIPScore(folder, batch_size=3)(PICTURES, PROMPTS)
     assert seen == [["a green rabbit", "two dogs", ""], ["two red dogs, a rabbit"]]
 
 
@@ -97,8 +97,8 @@ def test_half_precision_keeps_the_scale(folder, oracle):
 
 
 def test_one_model_for_the_same_weights(folder):
-    one, two = ClipScore(folder), PickScore(folder, tokenizer=folder)
-    half, elsewhere = ClipScore(folder, dtype=torch.bfloat16), ClipScore(folder, revision="v1")
+    one, two = CLIPScore(folder), PickScore(folder, tokenizer=folder)
+    half, elsewhere = CLIPScore(folder, dtype=torch.bfloat16), CLIPScore(folder, revision="v1")
     for reward in (one, two, half, elsewhere):
         assert reward._model is None
         reward(PICTURES[:1], PROMPTS[:1])
@@ -121,7 +121,7 @@ def test_what_is_asked_for(monkeypatch):
 
     monkeypatch.setattr(transformers.CLIPModel, "from_pretrained", model)
     monkeypatch.setattr(transformers.CLIPTokenizer, "from_pretrained", tokenizer)
-    ClipScore(revision="v1")(PICTURES[:1], PROMPTS[:1])
+    CLIPScore(revision="v1")(PICTURES[:1], PROMPTS[:1])
     PickScore(revision="v2")(PICTURES[:1], PROMPTS[:1])
     assert asked == [
         ("openai/clip-vit-large-patch14", "v1"),
@@ -138,12 +138,12 @@ def test_missing_and_unexpected_keys_are_named(tmp_path):
     tensors["extra.weight"] = torch.zeros(1)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RewardError, match=r"1 missing \(visual_projection\.weight\), 1 unexpected \(extra\.weight\)"):
-        ClipScore(tmp_path)(PICTURES[:1], PROMPTS[:1])
+        CLIPScore(tmp_path)(PICTURES[:1], PROMPTS[:1])
 
 
 def test_nothing_there(tmp_path):
     with pytest.raises(RewardError, match="could not get the CLIP model"):
-        ClipScore(tmp_path)(PICTURES[:1], PROMPTS[:1])
+        CLIPScore(tmp_path)(PICTURES[:1], PROMPTS[:1])
 
 
 def test_tokenizer_of_another_model():

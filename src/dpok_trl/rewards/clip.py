@@ -139,7 +139,7 @@ class ClipReward(ModelReward):
         return cosine
 
 
-class ClipScore(ClipReward):
+class CLIPScore(ClipReward):
     """
     How well the picture shows the prompt: max(100 cos, 0), as torchmetrics' `CLIPScore` has it.
 
