@@ -73,6 +73,15 @@ def randomize(tensors, seed):
             tensor.copy_(0.4 * noise)
 
 
+def image_processor(size):
+    """transformers' own preprocessing on Pillow; early versions of transformers 5 had one class, which was this."""
+    import transformers
+
+    name = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else "CLIPImageProcessor"
+    processor_class = getattr(transformers, name)
+    return processor_class(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
 def pictures(count=5):
     generator = np.random.default_rng(0)
     return [

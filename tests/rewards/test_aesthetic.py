@@ -43,10 +43,10 @@ def weights(tmp_path):
 
 
 def expected_scores(clip):
-    from transformers import CLIPImageProcessorPil, CLIPModel
+    from transformers import CLIPModel
 
     model = CLIPModel.from_pretrained(clip)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = tiny_clip.image_processor(28)
     with torch.no_grad():
         pixels = torch.cat([processor(image, return_tensors="pt").pixel_values for image in PICTURES])
         text = {"input_ids": torch.tensor([[1, 73]])}
