@@ -142,6 +142,9 @@ FLAGS = {
     "sample_call_columns": "image mask_image",
     "sample_call_kwargs": '{"height": 512, "width": 256}',
     "negative_prompts": "blurry",
+    "reward_weights": "1.0 0.25",
+    "reward_aggregation": "normalize_then_sum",
+    "reward_on_error": "raise",
     "reward_offload": "True",
     "async_reward_computation": "True",
     "max_workers": "3",
@@ -189,6 +192,7 @@ WITH = {
     "sample_sde_window_start": {"sample_sde_window_size": "5"},
     "sample_sde_window_interval": {"sample_sde_window_size": "5"},
     "train_mixed_timesteps": {"train_batch_size": "2", "sample_batch_size": "2"},
+    "reward_aggregation": {"sample_num_images_per_prompt": "2", "sample_batch_size": "2"},
     "train_adv_type": {"sample_num_images_per_prompt": "2", "sample_batch_size": "2"},
     "sample_num_images_per_prompt": {"sample_batch_size": "4"},
     "train_batch_size": {"sample_batch_size": "4"},
@@ -204,7 +208,7 @@ def read(name: str, text: str):
         return json.loads(text)
     (kind,) = kinds - {type(None)}
     if typing.get_origin(kind) is list:
-        return text.split()
+        return [typing.get_args(kind)[0](part) for part in text.split()]
     return text == "True" if kind is bool else kind(text)
 
 
@@ -403,6 +407,10 @@ ERRORS = {
     "a reward that scores while it is away": (
         {"reward_offload": True, "async_reward_computation": True},
         "reward_offload = True keeps the reward off the device while images are sampled, and async_reward_computation = True scores just then. Choose one.",
+    ),
+    "prompts that have one image each": (
+        {"reward_aggregation": "normalize_then_sum"},
+        "reward_aggregation = 'normalize_then_sum' compares images of the same prompt and needs sample_num_images_per_prompt of at least 2; given: 1.",
     ),
     "broken JSON": ({"sample_call_kwargs": "{height: 512}"}, "sample_call_kwargs = '{height: 512}' is not JSON"),
     "JSON of another kind": ({"tracker_kwargs": "[1]"}, "tracker_kwargs must be a dict, given: [1]"),

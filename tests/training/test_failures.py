@@ -26,9 +26,11 @@ def brightness(images, prompts, metadata):
 BAD_REWARDS = {
     "one too few": (lambda i, p, m: torch.zeros(3), "returned 3 rewards for 4 images"),
     "a matrix": (lambda i, p, m: torch.zeros(4, 4), r"of shape \(4, 4\) for 4 images"),
-    "a column": (lambda i, p, m: torch.zeros(4, 1), r"of shape \(4, 1\).*rewards.flatten\(\)"),
     "one for all": (lambda i, p, m: i.mean(), r"of shape \(\).*leave the batch dimension"),
-    "NaN": (lambda i, p, m: torch.tensor([0.0, float("nan"), 1.0, 2.0]), r"1 NaN, 0 infinite.*image 1, prompt '"),
+    "nothing finite": (
+        lambda i, p, m: torch.full((4,), float("nan")),
+        "gave for a batch is finite: there is nothing to learn",
+    ),
     "None": (lambda i, p, m: None, "returned None: it must return one number per image"),
     "None and a dict": (lambda i, p, m: (None, {}), "returned None"),
 }
@@ -40,7 +42,20 @@ def test_what_is_no_reward_stops_the_run(kind, in_threads, make_trainer):
     reward, message = BAD_REWARDS[kind]
     reward.__name__ = "my_reward"
     trainer = make_trainer(reward, async_reward_computation=in_threads)
-    with pytest.raises(RewardError, match=f"the reward function my_reward .*{message}|that my_reward .*{message}"):
+    with pytest.raises(RewardError, match=f"the reward function my_reward .*{message}|that my_reward {message}"):
+        trainer.train()
+    assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize("in_threads", [False, True])
+def test_one_reward_that_is_not_finite_stops_the_run_on_demand(in_threads, make_trainer):
+    def my_reward(images, prompts, metadata):
+        return torch.tensor([0.0, float("nan"), 1.0, 2.0])
+
+    trainer = make_trainer(my_reward, reward_on_error="raise", async_reward_computation=in_threads)
+    with pytest.raises(
+        RewardError, match=r"that my_reward returned are not finite.*1 NaN, 0 infinite.*image 1, prompt '"
+    ):
         trainer.train()
     assert trainer.global_step == 0
 

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 from tiny import stable_diffusion, stable_diffusion_3
 
-from dpok_trl import DPOKConfig
+from dpok_trl import DPOKConfig, RewardError
 from dpok_trl.policy.lora import adapter_layers
 from dpok_trl.training import publishing, setup
 
@@ -341,6 +341,40 @@ def _negative(run, monkeypatch):
 class Judge(torch.nn.Module):
     def forward(self, images, prompts, metadata):
         return images.mean((1, 2, 3))
+
+
+def total_of(values, **kwargs):
+    """What `reward` is written with two rewards of two images of one prompt: one column each."""
+
+    def reward(run):
+        lines = run.get("lines")
+        constant = [lambda images, prompts, metadata, column=column: column for column in values]
+        return rewards(run.train(reward=constant, prompts=["a"], **kwargs), lines)
+
+    return reward
+
+
+@case("reward_weights")
+def _reward_weights(run, monkeypatch):
+    columns = [[1.0, 3.0], [10.0, 20.0]]  # means 2 and 15
+    assert total_of(columns)(run) == [17.0]
+    assert total_of(columns, reward_weights=[0.5, 2.0])(run) == [31.0]
+
+
+@case("reward_aggregation")
+def _reward_aggregation(run, monkeypatch):
+    columns = [[1.0, 3.0], [10.0, 20.0]]
+    groups = {"sample_num_images_per_prompt": 2}
+    assert total_of(columns, **groups)(run) == [17.0]
+    assert total_of(columns, reward_aggregation="normalize_then_sum", **groups)(run) == [0.0]  # -1 -1 and 1 + 1
+
+
+@case("reward_on_error")
+def _reward_on_error(run, monkeypatch):
+    columns = [[float("nan"), 3.0], [10.0, 20.0]]
+    assert total_of(columns)(run) == [23.0]
+    with pytest.raises(RewardError, match="1 of the 2 rewards that <lambda> returned are not finite"):
+        total_of(columns, reward_on_error="raise")(run)
 
 
 @case("reward_offload")

@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 ROUND = {
-    "step", "epoch", "images", "reward", "reward_std", "rewards/red/mean", "rewards/red/std", "rewards/red/seconds",
-    "time/rollout", "time/reward",
+    "step", "epoch", "images", "reward", "reward_std", "images_left_out", "rewards/red/mean", "rewards/red/std",
+    "rewards/red/nonfinite", "rewards/red/seconds", "time/rollout", "time/reward",
 }  # fmt: skip
 UPDATE = {
     "step", "epoch", "inner_epoch", "loss", "policy/ratio_mean", "policy/ratio_deviation_max", "policy/clip_fraction",

@@ -62,7 +62,8 @@ def test_a_reward_that_cannot_be_moved_is_refused(make_trainer):
         return images.mean((1, 2, 3))
 
     with pytest.raises(
-        ValueError, match=r"reward_offload = True needs a reward that is a torch.nn.Module, given: brightness"
+        ValueError,
+        match=r"reward_offload = True needs a reward that can be moved \(a torch.nn.Module.*given: brightness. Set it",
     ):
         make_trainer(brightness, reward_offload=True)
 
