@@ -28,6 +28,24 @@ _MODULE_OF = {
     "check_pipeline": "dpok_trl.policy.check",
     "Gaussian": "dpok_trl.core.gaussian",
     "RewardError": "dpok_trl.rewards.base",
+    "RewardReport": "dpok_trl.rewards.checking",
+    "check_reward": "dpok_trl.rewards.checking",
+    "ImageReward": "dpok_trl.rewards.image_reward",
+    "HPSv2": "dpok_trl.rewards.hps",
+    "HPSv21": "dpok_trl.rewards.hps",
+    "PickScore": "dpok_trl.rewards.clip",
+    "CLIPScore": "dpok_trl.rewards.clip",
+    "Aesthetic": "dpok_trl.rewards.aesthetic",
+    "JpegCompressibility": "dpok_trl.rewards.jpeg",
+    "JpegIncompressibility": "dpok_trl.rewards.jpeg",
+    "PairwiseDiversity": "dpok_trl.rewards.diversity",
+    "RemoteReward": "dpok_trl.rewards.remote",
+    "VLMJudge": "dpok_trl.rewards.judge",
+    "OCRReward": "dpok_trl.rewards.ocr",
+    "Clipped": "dpok_trl.rewards.wrappers",
+    "Standardized": "dpok_trl.rewards.wrappers",
+    "Negated": "dpok_trl.rewards.wrappers",
+    "Cached": "dpok_trl.rewards.wrappers",
 }
 
 # Written out, since type checkers read it without running the module; a test holds it equal to _MODULE_OF.
@@ -43,6 +61,24 @@ __all__ = [
     "PipelineReport",
     "check_pipeline",
     "Gaussian",
+    "RewardReport",
+    "check_reward",
+    "ImageReward",
+    "HPSv2",
+    "HPSv21",
+    "PickScore",
+    "CLIPScore",
+    "Aesthetic",
+    "JpegCompressibility",
+    "JpegIncompressibility",
+    "PairwiseDiversity",
+    "RemoteReward",
+    "VLMJudge",
+    "OCRReward",
+    "Clipped",
+    "Standardized",
+    "Negated",
+    "Cached",
     "RewardError",
     "RatioError",
     "ReplayError",
@@ -59,7 +95,18 @@ if TYPE_CHECKING:
     from dpok_trl.policy.hooks import PipelineHooks
     from dpok_trl.policy.policy import Policy
     from dpok_trl.policy.schedulers import DPOKSchedulerOutput, UnsupportedSchedulerError, scheduler_step
+    from dpok_trl.rewards.aesthetic import Aesthetic
     from dpok_trl.rewards.base import RewardError
+    from dpok_trl.rewards.checking import RewardReport, check_reward
+    from dpok_trl.rewards.clip import CLIPScore, PickScore
+    from dpok_trl.rewards.diversity import PairwiseDiversity
+    from dpok_trl.rewards.hps import HPSv2, HPSv21
+    from dpok_trl.rewards.image_reward import ImageReward
+    from dpok_trl.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+    from dpok_trl.rewards.judge import VLMJudge
+    from dpok_trl.rewards.ocr import OCRReward
+    from dpok_trl.rewards.remote import RemoteReward
+    from dpok_trl.rewards.wrappers import Cached, Clipped, Negated, Standardized
     from dpok_trl.training.config import DPOKConfig
     from dpok_trl.training.ratio import RatioError
     from dpok_trl.training.trainer import DPOKTrainer
