@@ -83,7 +83,8 @@ def encode_picture(picture: Image.Image) -> str:
             f'PNG would change a picture of mode {picture.mode}: convert it first, picture.convert("RGB").'
         )
     file = io.BytesIO()
-    picture.save(file, format="PNG", compress_level=1)  # a third of the default's time
+    # Of a noisy picture of 512 x 512: 35 ms for 59 at the default level, and 14 % larger.
+    picture.save(file, format="PNG", compress_level=1)
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
