@@ -1,11 +1,16 @@
+import dataclasses
 import functools
 import pickle
+import types
 
 import numpy as np
 import pytest
 import torch
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from dpok_trl.rewards import RewardError, reward_name, score
+from dpok_trl.rewards.base import score_batch
+from dpok_trl.rewards.binding import BoundReward, RewardInputs
 
 
 IMAGES = torch.linspace(0, 1, 3 * 3 * 2 * 2).reshape(3, 3, 2, 2)
@@ -261,3 +266,65 @@ def test_unequal_inputs():
 def test_reward_error_can_travel_between_processes():
     error = pickle.loads(pickle.dumps(RewardError("what went wrong")))
     assert isinstance(error, RewardError) and str(error) == "what went wrong"
+
+
+# --- what models and helpers return -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Output:
+    """As reward models and their helpers return it."""
+
+    logits: object = None
+    other: str = "not looked at"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor([[1.0], [0.0], [1.0]]),
+        np.array([[1.0], [0.0], [1.0]]),
+        [[1.0], [0.0], [1.0]],
+        Output(torch.tensor([[1.0], [0.0], [1.0]])),
+        Output([1, 0, 1]),
+        types.SimpleNamespace(rewards=torch.tensor([1.0, 0.0, 1.0])),
+        types.SimpleNamespace(rewards=[1.0, 0.0, 1.0], logits=None),
+        SequenceClassifierOutput(logits=torch.tensor([[1.0], [0.0], [1.0]])),
+    ],
+)
+def test_what_a_model_with_one_output_returns(value):
+    for returned, info in ((value, {}), ((value, {"from": "a model"}), {"from": "a model"})):
+        rewards, got = score_three(constant(returned))
+        assert rewards.tolist() == [1.0, 0.0, 1.0] and got == info
+
+
+def test_the_info_of_a_pair_may_be_one_for_each_image():
+    infos = [{"words": 1}, {"words": 2}, {"words": 3}]
+    rewards, info = score_three(constant(([1, 2, 3], infos)))
+    assert rewards.tolist() == [1, 2, 3] and info is infos
+
+
+def score_parts(value):
+    return score_batch(BoundReward(constant(value)), RewardInputs(IMAGES, PROMPTS, METADATA))
+
+
+@pytest.mark.parametrize(
+    "value", [[0.5, None, 1], (0.5, None, 1), ([0.5, None, 1], {}), [torch.tensor(0.5), None, np.float32(1)]]
+)
+def test_none_is_kept_apart_from_nan(value):
+    scored = score_parts(value)
+    assert scored.applies.tolist() == [True, False, True]
+    assert scored.values[[0, 2]].tolist() == [0.5, 1.0] and scored.values[1].isnan()
+    assert "returned None for some images: it must return one number per image" in message_of(value)
+
+
+def test_what_is_not_finite_is_kept():
+    scored = score_parts([float("nan"), float("-inf"), None])
+    assert scored.applies.tolist() == [True, True, False]
+    assert scored.values[0].isnan() and scored.values[1].item() == -float("inf")
+    assert score_parts([None] * 3).applies.tolist() == [False] * 3
+
+
+def test_a_list_with_none_of_the_wrong_length():
+    with pytest.raises(RewardError, match="returned 2 rewards for 3 images"):
+        score_parts([None, 1.0])

@@ -138,11 +138,12 @@ def _one_call(reward: BoundReward, inputs: RewardInputs) -> Scored:
 
 def _split(result: Any) -> tuple[Any, Any]:
     """`(rewards, info)` from what the function returned. Two numbers, or two columns of them, are rewards and no pair."""
+    info: Any = {}
+    if isinstance(result, tuple) and len(result) == 2 and not _is_numeric(result[1]):
+        result, info = result
     for attribute in ("rewards", "logits"):
         result = getattr(result, attribute, result)
-    if isinstance(result, tuple) and len(result) == 2 and not _is_numeric(result[1]):
-        return result
-    return result, {}
+    return result, info
 
 
 def _is_numeric(value: Any) -> bool:

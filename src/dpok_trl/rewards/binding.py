@@ -6,8 +6,8 @@ import asyncio
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,13 +54,19 @@ class RewardInputs:
     metadata: tuple[Any, ...]
     trainer_state: TrainerState | None = None
     log_metric: Callable[[str, float], None] = field(default=lambda name, value: None)
+    _made: list[list[Any]] = field(default_factory=list, repr=False, compare=False)  # the pictures; shared by copies
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    @cached_property
+    @property
     def pictures(self) -> list[Any]:
         """8-bit RGB pictures; for each video the list of its frames. Made once, whoever asks."""
+        if not self._made:
+            self._made.append(self._pictures())
+        return self._made[0]
+
+    def _pictures(self) -> list[Any]:
         pixels = (self.images.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8).movedim(-3, -1).numpy()
         if pixels.ndim == 4:
             return [Image.fromarray(picture) for picture in pixels]
@@ -70,7 +76,8 @@ class RewardInputs:
         """The entries that the metadata of every sample has."""
         if not all(isinstance(entry, dict) for entry in self.metadata):
             return []
-        return [name for name in self.metadata[0] if all(name in entry for entry in self.metadata)]
+        names = [name for name in self.metadata[0] if isinstance(name, str)]  # others can be no parameters
+        return [name for name in names if all(name in entry for entry in self.metadata)]
 
     def rows(self, indices: Sequence[int]) -> RewardInputs:
         """Some samples, in the given order."""
@@ -109,11 +116,12 @@ class BoundReward:
         self.name = reward_name(function) if name is None else name
         self._positions, self._keywords, self._optional, self._takes_columns = _read_signature(function, self.name)
         default = "pt" if len(self._positions) == 3 else "pil"
-        self.image_type: str = getattr(function, "image_type", default)
+        innermost = _without_partials(function)
+        self.image_type: str = getattr(innermost, "image_type", default)
         if self.image_type not in ("pil", "pt"):
             raise TypeError(f"image_type of {self.name} is {self.image_type!r}, but it must be 'pil' or 'pt'.")
-        self.overlaps: bool = getattr(function, "overlaps", False)
-        self.wants_groups: bool = getattr(function, "wants_groups", False)
+        self.overlaps: bool = getattr(innermost, "overlaps", False)
+        self.wants_groups: bool = getattr(innermost, "wants_groups", False)
 
     def __call__(self, inputs: RewardInputs) -> Any:
         """What the function returns for a batch; a coroutine is run to its end."""
@@ -127,9 +135,10 @@ class BoundReward:
             )
         arguments = {name: self._value(NAMES.get(name), name, inputs) for name in self._keywords}
         offered = columns if self._takes_columns else [name for name in self._optional if name in columns]
-        arguments.update({name: self._value(None, name, inputs) for name in offered if name not in arguments})
+        taken = {*arguments, *_set_by_partial(self.function)}
+        arguments.update({name: self._value(None, name, inputs) for name in offered if name not in taken})
         result = self.function(*(self._value(kind, kind, inputs) for kind in self._positions), **arguments)
-        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+        return _finished(result) if inspect.isawaitable(result) else result
 
     def _value(self, kind: str | None, name: str, inputs: RewardInputs) -> Any:
         if kind is None:
@@ -139,14 +148,35 @@ class BoundReward:
         return getattr(inputs, kind)
 
 
+def _finished(result: Any) -> Any:
+    """What a coroutine returns. It gets a loop of its own, in a thread if this one has a loop that runs, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(_awaited(result))
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(asyncio.run, _awaited(result)).result()
+
+
 async def _awaited(result: Any) -> Any:
-    return await result
+    with torch.no_grad():  # which is a thread's own
+        return await result
+
+
+def _without_partials(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def _set_by_partial(function: Any) -> dict[str, Any]:
+    """Arguments that stay as they are."""
+    return function.keywords if isinstance(function, functools.partial) else {}
 
 
 def reward_name(function: Any) -> str:
     """The name a reward has in messages and metrics: a shipped one's own, else that of the function, or of the class of a callable object."""
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = _without_partials(function)
     info = getattr(function, "info", None)
     name: str = getattr(info, "name", None) or getattr(function, "__name__", type(function).__name__)
     return name
@@ -165,14 +195,18 @@ def _read_signature(function: Any, name: str) -> tuple[tuple[str, ...], tuple[st
     ):  # a decorator that hides what it wraps: as DDPO would call it
         return ddpo, (), (), False
     takes_columns = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    bound = _set_by_partial(function)
+    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in bound]
     required = [p.name for p in named if p.default is p.empty]
-    kinds = [NAMES.get(parameter) for parameter in required]
-    if kinds == list(ddpo) or (required and not any(kinds) and len(required) <= 3):
-        return ddpo[: len(required)], (), (), False
+    in_place = [p.name for p in named if p.kind is not p.KEYWORD_ONLY]
+    if set(required) <= set(in_place[:3]):  # else they cannot be given by position
+        if [NAMES[p.name] for p in named if p.name in NAMES] == [NAMES.get(p) for p in in_place[:3]] == list(ddpo):
+            return ddpo, (), (), False
+        if required and not any(NAMES.get(parameter) for parameter in required):
+            return ddpo[: len(required)], (), (), False
     keywords = [p.name for p in named if p.name in NAMES or p.default is p.empty]
     optional = [p.name for p in named if p.name not in keywords]
-    given = {NAMES.get(keyword) for keyword in keywords}
+    given = {NAMES.get(keyword) for keyword in [*keywords, *bound]}
     if takes_columns:
         keywords += [kind for kind in ddpo if kind not in given]
     elif "images" not in given:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -84,14 +85,17 @@ class RewardSet:
         return len(self.rewards)
 
     def to(self, device: torch.device | str) -> None:
-        """Moves the rewards that run a network."""
-        for reward in self.rewards:
-            if hasattr(reward.function, "to"):
-                reward.function.to(device)
+        """Moves the rewards that run a network, but for those that overlap with sampling: a thread may be using them."""
+        for function in self._networks():
+            function.to(device)
 
     @property
     def have_networks(self) -> bool:
-        return any(hasattr(reward.function, "to") for reward in self.rewards)
+        """Whether [`~RewardSet.to`] moves anything."""
+        return len(self._networks()) > 0
+
+    def _networks(self) -> list[Any]:
+        return [one.function for one in self.rewards if hasattr(one.function, "to") and not one.overlaps]
 
     def score(self, inputs: RewardInputs, which: Sequence[int] | None = None) -> Scores:
         """Asks the rewards (all, or those at the indices `which`) about one batch.
@@ -105,14 +109,11 @@ class RewardSet:
         metrics: dict[str, list[float]] = {}
         for reward in chosen:
             started = time.monotonic()
-            logged = RewardInputs(
-                inputs.images,
-                inputs.prompts,
-                inputs.metadata,
-                inputs.trainer_state,
-                lambda name, value, reward=reward: metrics.setdefault(f"rewards/{reward.name}/{name}", []).append(
-                    float(value)
-                ),
+            logged = replace(
+                inputs,
+                log_metric=lambda name, value, reward=reward: metrics.setdefault(
+                    f"rewards/{reward.name}/{name}", []
+                ).append(float(value)),
             )
             scored = score_batch(reward, logged)
             seconds.append(time.monotonic() - started)
@@ -197,11 +198,14 @@ def _made(reward: Any, device: torch.device | str | None) -> Any:
 
 def _with_distinct_names(rewards: list[BoundReward]) -> list[BoundReward]:
     """`<lambda>`, `<lambda>_2` ...: two rewards of one name would write over each other's metrics."""
-    seen: dict[str, int] = {}
+    taken: set[str] = set()
     for reward in rewards:
-        seen[reward.name] = seen.get(reward.name, 0) + 1
-        if seen[reward.name] > 1:
-            reward.name = f"{reward.name}_{seen[reward.name]}"
+        name = reward.name
+        for number in itertools.count(2):
+            if reward.name not in taken:
+                break
+            reward.name = f"{name}_{number}"
+        taken.add(reward.name)
     return rewards
 
 

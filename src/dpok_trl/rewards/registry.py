@@ -66,7 +66,7 @@ def _attribute(place: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is not None and not module_name.startswith(error.name):
+        if error.name != module_name and not module_name.startswith(f"{error.name}."):
             raise  # something that the module itself needs
         raise ValueError(f"there is no module '{module_name}' (of '{place}'); is it on PYTHONPATH?") from error
     if not hasattr(module, name):
