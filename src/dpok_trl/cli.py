@@ -14,7 +14,12 @@ from collections.abc import Sequence
 from dpok_trl import __version__
 
 
-COMMANDS = {"demo": "dpok_trl.demo.command", "check": "dpok_trl.commands.check"}
+COMMANDS = {
+    "demo": "dpok_trl.demo.command",
+    "check": "dpok_trl.commands.check",
+    "rewards": "dpok_trl.commands.rewards",
+    "serve-reward": "dpok_trl.commands.serve_reward",
+}
 
 USER_ERROR = 2  # argparse's own code for arguments it does not take
 INTERRUPTED = 130  # what a shell reports of a program that ended by Ctrl-C
