@@ -69,6 +69,7 @@ def other_environment(tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text(textwrap.dedent(source))
     (tmp_path / "geneval" / "evaluation").mkdir(parents=True)
     (tmp_path / "geneval" / "evaluation" / "evaluate_images.py").write_text(GENEVAL)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # docs/ is published as it lies
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.syspath_prepend(str(SERVERS))
@@ -137,7 +138,7 @@ def test_it_runs_as_a_program_that_needs_nothing_of_ours(other_environment):
     """Started as the page says; dpok_trl cannot be imported there."""
     (other_environment / "dpok_trl.py").write_text("raise ImportError")
     command = [sys.executable, "-u", str(SERVERS / "image_reward_server.py"), "--port", "0", "--device", "cpu"]
-    environment = {"PYTHONPATH": str(other_environment), "PATH": "/usr/bin"}
+    environment = {"PYTHONPATH": str(other_environment), "PATH": "/usr/bin", "PYTHONDONTWRITEBYTECODE": "1"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline()
