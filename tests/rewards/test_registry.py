@@ -1,0 +1,100 @@
+"""Rewards by name, by place in a module, and by address."""
+
+import importlib
+
+import pytest
+
+from dpok_trl.rewards.info import RewardInfo
+from dpok_trl.rewards.registry import SHIPPED, load_reward, shipped_rewards
+from dpok_trl.rewards.remote import RemoteReward
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """`module(name, source)`: writes a module that can be imported."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(name, source):
+        (tmp_path / f"{name}.py").write_text(source)
+        importlib.invalidate_caches()
+
+    return write
+
+
+def test_a_function_is_taken_as_it_is():
+    def reward(images, prompts):
+        return []
+
+    assert load_reward(reward) is reward
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_name_makes_its_reward_without_loading_weights(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: pytest.fail("a download"))
+    reward = load_reward(name)
+    assert callable(reward) and reward.info.name == name
+
+
+def test_arguments_go_to_the_constructor():
+    assert load_reward("jpeg-incompressibility", quality=50).quality == 50
+    assert str(load_reward("image-reward", device="meta").device) == "meta"
+
+
+def test_what_the_shipped_rewards_say_of_themselves():
+    infos = shipped_rewards()
+    assert [info.name for info in infos] == list(SHIPPED)
+    for info in infos:
+        assert isinstance(info, RewardInfo)
+        assert all(isinstance(text, str) and text for text in vars(info).values()), info.name
+
+
+@pytest.mark.parametrize("address", ["http://localhost:8000/score", "https://example.com"])
+def test_an_address_is_a_server(address):
+    assert isinstance(load_reward(address), RemoteReward)
+
+
+def test_a_place_in_a_module(module):
+    module("my_rewards_here", "def redness(images, prompts):\n    return [1.0] * len(images)\n")
+    assert load_reward("my_rewards_here:redness").__name__ == "redness"
+
+
+# ---------------------------------------------------------------- what is not there
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("imagereward", "image-reward"), ("ImageReward", "image-reward"), ("pick-score", "pickscore"), ("hps", "hpsv2"),
+     ("jpeg_compressibility", "jpeg-compressibility"), ("clipscore", "clip-score")],
+)  # fmt: skip
+def test_an_unknown_name(name, meant):
+    with pytest.raises(ValueError) as error:
+        load_reward(name)
+    assert str(error.value).startswith(f"there is no reward named '{name}'. Did you mean '{meant}'? There are: ")
+    assert all(shipped in str(error.value) for shipped in SHIPPED) and "'module:function'" in str(error.value)
+
+
+def test_an_unknown_name_like_no_other():
+    with pytest.raises(ValueError, match="there is no reward named 'xyz'. There are: "):
+        load_reward("xyz")
+
+
+@pytest.mark.parametrize("place", ["no_such_module_here:reward", "no_such_package_here.rewards:reward"])
+def test_an_unknown_module(place):
+    name = place.partition(":")[0]
+    with pytest.raises(ValueError, match=rf"there is no module '{name}' \(of '{place}'\); is it on PYTHONPATH\?"):
+        load_reward(place)
+
+
+def test_an_unknown_function_of_a_module(module):
+    module("my_rewards_there", "def redness(images, prompts):\n    return []\n")
+    with pytest.raises(ValueError, match="the module 'my_rewards_there' has no 'rednes'. Did you mean 'redness'?"):
+        load_reward("my_rewards_there:rednes")
+    with pytest.raises(ValueError, match="the module 'my_rewards_there' has no 'x'.$"):
+        load_reward("my_rewards_there:x")
+
+
+@pytest.mark.parametrize("needed", ["no_such_library_here", "my", "my_rewards"])
+def test_what_a_module_itself_lacks_is_not_taken_for_the_module(needed, module):
+    module("my_rewards_with_imports", f"import {needed}\n")
+    with pytest.raises(ModuleNotFoundError, match=f"No module named '{needed}'"):
+        load_reward("my_rewards_with_imports:reward")
