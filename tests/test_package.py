@@ -118,7 +118,7 @@ ALLOWED_OUTSIDE = {"core": {"torch"}, "leaf": {"numpy", "PIL", "torch"}}
 
 
 def layer_of(module):
-    """`dpok_trl.policy.reentry` -> `policy`."""
+    """`dpok_trl.policy.recorder` -> `policy`."""
     name = module.removeprefix("dpok_trl.")
     if any(name == leaf or name.startswith(leaf + ".") for leaf in LEAF):
         return "leaf"

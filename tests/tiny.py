@@ -21,8 +21,8 @@ from diffusers import (
 from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dpok_trl.policy.lora import DEFAULT_TARGETS, prepare_adapter
 from dpok_trl.policy.hooks import PipelineHooks
+from dpok_trl.policy.lora import prepare_adapter
 
 
 STEPS = 4
@@ -188,7 +188,7 @@ def nudge(module: torch.nn.Module, scale: float = 0.3) -> None:
 def with_adapter(pipe, rank: int = 4, alpha: int = 4, nudged: bool = False):
     """Adds a LoRA adapter to the denoiser of `pipe`."""
     for module in PipelineHooks().denoisers(pipe).values():
-        prepare_adapter(module, LoraConfig(r=rank, lora_alpha=alpha, target_modules=DEFAULT_TARGETS))
+        prepare_adapter(module, LoraConfig(r=rank, lora_alpha=alpha, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
         if nudged:
             nudge(module)
     return pipe

@@ -217,12 +217,3 @@ def test_the_prompts_longest_unused_are_forgotten(monkeypatch):
     many = [letter * 2 for letter in "abcdefgh"]
     output, record = memo((many,), {})  # more than fit are remembered for as long as they are in use
     assert output[0].shape[0] == 8 and memo((many,), {})[1].output is record.output
-
-
-def test_a_memo_that_is_cleared_asks_again():
-    encoder = Encoder()
-    memo = PromptMemo(encoder.encode_prompt)
-    memo((["a"],), {})
-    memo.clear()
-    memo((["a"],), {})
-    assert encoder.calls[-2:] == [["a"], ["a"]] and len(encoder.calls) == 4

@@ -20,12 +20,17 @@ def window(epoch, *, steps=10, size=3, start=0, interval=25, schedule="progressi
         sample_sde_window_interval=interval,
         sample_sde_window_schedule=schedule,
     )
-    return sde_window(config, epoch)
+    return sde_window(config, epoch, steps)
 
 
 def test_without_a_size_all_steps_are_stochastic():
-    assert sde_window(DPOKConfig(), 0) is None
-    assert sde_window(DPOKConfig(), 7) is None
+    assert sde_window(DPOKConfig(), 0, 10) == sde_window(DPOKConfig(), 7, 10) == range(10)
+
+
+def test_a_moving_window_stays_in_the_steps_that_a_call_walks():
+    """Image-to-image walks the last steps only."""
+    config = DPOKConfig(sample_num_steps=8, sample_sde_window_size=2, sample_sde_window_interval=1)
+    assert [sde_window(config, epoch, steps=4) for epoch in (0, 1, 100)] == [range(0, 2), range(1, 3), range(1, 3)]
 
 
 @pytest.mark.parametrize("start", [0, 2])

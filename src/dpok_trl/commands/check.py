@@ -246,7 +246,11 @@ def _settings(args: argparse.Namespace) -> str:
         settings[OWN_SETTINGS[name]] = call.pop(name)
     if call:
         settings["sample_call_kwargs"] = call
-    return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    written = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    if args.picture:
+        pictures = ", ".join(f"'{name}': PIL.Image.open('{file}')" for name, file in args.picture)
+        written += f", sample_call_kwargs={{**..., {pictures}}}" if call else f", sample_call_kwargs={{{pictures}}}"
+    return written
 
 
 def _assignment(text: str) -> tuple[str, str]:

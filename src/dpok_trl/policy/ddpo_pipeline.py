@@ -124,10 +124,7 @@ class DefaultDPOKStableDiffusionPipeline:
 
     def save_pretrained(self, output_dir: str | Path) -> None:
         """Writes the adapter for `load_lora_weights` (DDPO wrote the base too, in a form that could not be loaded), or the whole pipeline."""
-        if self.use_lora:
-            self._tuned.save(self.sd_pipeline, output_dir)
-        else:
-            self.sd_pipeline.save_pretrained(output_dir)
+        self._tuned.export(self.sd_pipeline, output_dir)
 
     def save_checkpoint(self, models: Any, weights: list, output_dir: str | Path) -> None:
         """An `accelerate` save hook: writes what is trained and keeps the rest out."""

@@ -8,7 +8,7 @@ which is why no model family needs code of its own.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -61,8 +61,9 @@ class Networks:
         dtypes (`Mapping[str, torch.dtype]`): What the pipeline takes their dtype for: the one it was loaded in. Asked for once, since diffusers looks at
             every module of a network for an answer.
         device (`torch.device`): Likewise.
+        hooked (`Mapping[str, Sequence[torch.nn.Module]]`): Likewise: the modules of each denoiser that carry a hook of diffusers (offloading, casting).
         master_weights (`bool`): The denoisers are kept in fp32, whatever the pipeline's dtype (full fine-tuning).
-        absent (`Mapping[str, torch.device]`): Components that are off the device, and which one they belong to; a replay needs none of them.
+        absent (`Collection[str]`): Components that are off the device; a replay needs none of them.
         memo ([`PromptMemo`], *optional*): Stands in for `encode_prompt`. `None`: text encoders train, or there is no such method.
         encode_prompt (`Callable`, *optional*): The pipeline's own, where gradients are to reach the text encoders.
         hooks ([`PipelineHooks`]): How the pipeline is entered.
@@ -71,8 +72,9 @@ class Networks:
     denoisers: Mapping[str, torch.nn.Module]
     dtypes: Mapping[str, torch.dtype]
     device: torch.device
+    hooked: Mapping[str, Sequence[torch.nn.Module]]
     master_weights: bool
-    absent: Mapping[str, torch.device]
+    absent: Collection[str]
     memo: PromptMemo | None
     encode_prompt: Callable[..., Any] | None
     hooks: PipelineHooks
@@ -93,16 +95,26 @@ class Proxy:
     """
 
     def __init__(
-        self, component: torch.nn.Module, answer: Callable[..., Any], dtype: torch.dtype, device: torch.device
+        self,
+        component: torch.nn.Module,
+        answer: Callable[..., Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        hooked: Sequence[torch.nn.Module] = (),
     ):
         self._component = component
         self._answer = answer
+        self._hooked = hooked
         self.dtype = dtype
         self.device = device
 
     @property
     def __class__(self) -> type:
         return type(self._component)  # pipelines ask `isinstance`
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        # In every call a pipeline looks through all modules for diffusers' hooks, thousands of them in a large network.
+        return iter(self._hooked)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._answer(args, kwargs)
@@ -133,9 +145,11 @@ def intercepted(pipe: DiffusionPipeline, answers: Answers, networks: Networks) -
     if blackens_images(pipe):
         swapped["safety_checker"] = None
     for name, module in networks.denoisers.items():
-        swapped[name] = Proxy(module, _denoise_as(answers, name), networks.dtypes[name], networks.device)
-    for name, device in networks.absent.items():
-        swapped[name] = Proxy(getattr(pipe, name), _absent(name), getattr(pipe, name).dtype, device)
+        swapped[name] = Proxy(
+            module, _denoise_as(answers, name), networks.dtypes[name], networks.device, networks.hooked[name]
+        )
+    for name in networks.absent:
+        swapped[name] = Proxy(getattr(pipe, name), _absent(name), getattr(pipe, name).dtype, networks.device)
     if networks.memo is not None or networks.encode_prompt is not None:
         swapped["encode_prompt"] = lambda *args, **kwargs: answers.encode_prompt(args, kwargs)
 
@@ -191,7 +205,8 @@ def _global_random(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 

@@ -28,7 +28,6 @@ ATTENTION_NAMES = (
     ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj"),
     ("q", "k", "v", "o"),
 )
-DEFAULT_TARGETS = list(ATTENTION_NAMES[0])
 
 
 def default_lora_config(module: nn.Module, rank: int, alpha: int | None = None) -> LoraConfig:

@@ -97,10 +97,6 @@ class PromptMemo:
         self._axes: dict[Any, Any] = {}
         self._calls: OrderedDict[Any, tuple[Any, Any]] = OrderedDict()  # kind and distinct rows -> output and its axes
 
-    def clear(self) -> None:
-        """Forgets every embedding (after the text encoder changed)."""
-        self._calls.clear()
-
     def __call__(self, args: tuple, kwargs: dict) -> tuple[Any, Encoded | None]:
         """Returns what `encode_prompt(*args, **kwargs)` returns, and a record of it (`None` where it was passed on)."""
         arguments = self.signature.bind(*args, **kwargs).arguments

@@ -33,9 +33,10 @@ class MixedReplayer(Replayer):
         samples: Sequence[int],
         each: Sequence[int],
         reduction: Reduction,
+        verify: bool,
         generators: Sequence[torch.Generator],
     ):
-        super().__init__(networks, trajectory, samples, [LOOP_STEP], reduction, False, generators)
+        super().__init__(networks, trajectory, samples, [LOOP_STEP], reduction, verify, generators)
         self.each = torch.tensor(each)
         self._pairs = list(zip(samples, each, strict=True))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -63,8 +63,8 @@ class Policy(nn.Module):
         call_kwargs (`dict`, *optional*): Arguments of the pipeline's call that are the same for every sample: `num_inference_steps`,
             `guidance_scale`, `height` ... A `negative_prompt` given as one string is repeated for each sample, and so is the picture that an
             image-to-image or inpainting pipeline starts from.
-        kind (`str`, defaults to `"auto"`): The transition: `"ancestral"`, `"cps"`, `"flow_sde"`; `"auto"` is `"flow_sde"` for flow-matching
-            schedulers and `"ancestral"` for the rest.
+        kind (`str`, defaults to `"auto"`): The transition: `"ancestral"`, `"cps"`, `"flow_sde"`; `"auto"` is `"cps"` for schedulers whose own step puts new
+            noise on x_0 (consistency models, `stochastic_sampling=True`), `"flow_sde"` for other flow-matching ones and `"ancestral"` for the rest.
         eta (`float`, defaults to 1.0): Noise of `"ancestral"` and `"cps"`, in (0, 1].
         noise_level (`float`, defaults to 0.7): `a` of `"flow_sde"`.
         min_std (`float`, defaults to 0.0): Steps with a standard deviation of at most this are no actions. They are sampled like the rest and
@@ -103,12 +103,9 @@ class Policy(nn.Module):
         self.kind, self.eta, self.noise_level, self.min_std = kind, eta, noise_level, min_std
         self.log_prob_reduction: Reduction = log_prob_reduction
         self.fp32_latents = fp32_latents
-        self.offloaded: dict[
-            str, torch.device
-        ] = {}  # components that are off the device, and which one they belong to
+        self.offloaded: frozenset[str] = frozenset()  # components that are off the device
         encode_prompt = getattr(pipe, "encode_prompt", None)
         self.memo = PromptMemo(encode_prompt) if encode_prompt is not None and not self.tuned.text_encoders else None
-        self._in_reference = False
         self.networks.eval()
         refuse_scheduler(policy_scheduler(pipe.scheduler))
         if note := scheduler_note(pipe.scheduler):
@@ -147,7 +144,7 @@ class Policy(nn.Module):
         prompts: Sequence[str],
         seeds: Sequence[int],
         arguments: Mapping[str, Sequence[Any]] | None = None,
-        window: Collection[int] | None = None,
+        window: Collection[int] | Callable[[int], Collection[int]] | None = None,
     ) -> Trajectory:
         """Draws one image for each prompt with the current policy.
 
@@ -159,8 +156,8 @@ class Policy(nn.Module):
             seeds (`Sequence[int]` of length `B`): One for each sample, whatever the batch.
             arguments (`Mapping[str, Sequence]`, *optional*): Arguments of the call that differ from sample to sample (`image`, `mask_image` ...), of
                 length `B` each; the pipeline gets lists.
-            window (`Collection[int]`, *optional*): The steps that are stochastic, counted from 0 (MixGRPO, https://arxiv.org/abs/2507.21802); the others
-                follow the deterministic ODE. Default: all.
+            window (`Collection[int]`, or a function from the number of steps to one, *optional*): The steps that are stochastic, counted from 0
+                (MixGRPO, https://arxiv.org/abs/2507.21802); the others follow the deterministic ODE. Default: all.
 
         Returns:
             [`Trajectory`]
@@ -177,8 +174,6 @@ class Policy(nn.Module):
                 raise ValueError(
                     f"'{name}' has {len(values)} values for {len(prompts)} prompts; one for each is needed"
                 )
-        for name, module in self.tuned.denoisers.items():
-            refuse_caches(name, module)
         networks = self._networks()
         recorder = Recorder(
             networks,
@@ -239,6 +234,13 @@ class Policy(nn.Module):
         Raises:
             [`ReplayError`]: If the pipeline leaves the recorded path, or detaches the gradient.
         """
+        if each is not None and (
+            steps is not None or len(each) != (len(trajectory) if samples is None else len(samples))
+        ):
+            raise ValueError(
+                f"`each` takes the place of `steps` and has one step for each sample; got {len(each)} for {len(trajectory) if samples is None else len(samples)} "
+                f"samples, and steps = {steps}."
+            )
         steps = sorted(set(each) if each is not None else trajectory.steps if steps is None else steps)
         unknown = [step for step in steps if step not in trajectory.steps]
         if unknown or not steps:
@@ -257,7 +259,7 @@ class Policy(nn.Module):
         arguments = {name: [values[row] for row in rows] for name, values in trajectory.arguments.items()}
         networks, reduction = self._networks(trajectory.recording), self.log_prob_reduction
         if each is not None and len(steps) > 1:
-            replayer = MixedReplayer(networks, trajectory, rows, each, reduction, generators)
+            replayer = MixedReplayer(networks, trajectory, rows, each, reduction, verify, generators)
         else:
             some = None if tuple(rows) == tuple(range(len(trajectory))) else rows
             replayer = Replayer(networks, trajectory, some, steps, reduction, verify, generators)
@@ -266,8 +268,9 @@ class Policy(nn.Module):
             call_pipeline(self.pipe, replayer, networks, call)
         except (AttributeError, KeyError) as error:
             raise ReplayError(
-                f"{type(self.pipe).__name__} fails in a replay and not in the rollout ({type(error).__name__}: {error}): it looks inside the network, at attention "
-                "maps for instance, and in a replay the network runs on the selected steps only. Use the family's plain pipeline."
+                f"{type(self.pipe).__name__} fails in a replay and not in the rollout ({type(error).__name__}: {error}). If it looks inside the network, at attention "
+                "maps for instance: in a replay the network runs on the selected steps only, so use the family's plain pipeline. If the error comes from a hook or "
+                "callback of your own, mend it there."
             ) from error
         return [replayer.outputs[step] for step in sorted(replayer.outputs)]
 
@@ -279,18 +282,24 @@ class Policy(nn.Module):
             `float`: The largest difference of a log-probability. `None` if the pipeline cannot do it.
         """
         if len(trajectory.latents) < 3:
+            logger.info("a call of a single step has no two timesteps to mix")
             return None
-        each = [trajectory.steps[index % len(trajectory.steps)] for index in range(len(samples))]
+        steps, count = trajectory.steps, len(samples)
+        # every step once: what a pipeline does by the position in its loop (guidance that ends early, say) shows at some of them only
+        rounds = [[steps[(start + row) % len(steps)] for row in range(count)] for start in range(0, len(steps), count)]
         try:
-            (mixed,) = self(trajectory, samples, each=each)
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            mixed = torch.stack([self(trajectory, samples, each=each)[0].log_prob for each in rounds])
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError, IndexError, AssertionError) as error:
             # whatever a pipeline does with a timestep that is a vector: to fail is an answer here
             logger.info("%s takes one timestep at a time: %s", type(self.pipe).__name__, error)
             return None
-        steps = sorted(set(each))
-        apart = dict(zip(steps, self(trajectory, samples, steps), strict=True))
-        expected = torch.stack([apart[step].log_prob[row] for row, step in enumerate(each)])
-        return (mixed.log_prob - expected).abs().max().item()
+        apart = {
+            step: replayed.log_prob for step, replayed in zip(steps, self(trajectory, samples, steps), strict=True)
+        }
+        expected = torch.stack([torch.stack([apart[step][row] for row, step in enumerate(each)]) for each in rounds])
+        return (mixed - expected).abs().max().item()
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -300,26 +309,24 @@ class Policy(nn.Module):
         Run it under `torch.no_grad()`; no backward pass may happen inside.
         """
         with self.tuned.pretrained_answers():
-            self._in_reference = True
-            try:
-                yield
-            finally:
-                self._in_reference = False
+            yield
 
     # ---------------------------------------------------------------- internals
 
     def _networks(self, recording: Recording | None = None) -> Networks:
-        tuned, answer_frozen = self.tuned, self._in_reference and bool(self.tuned.frozen)
+        tuned = self.tuned
         if recording is None:
             dtypes = {name: tuned.frozen.get(name, module).dtype for name, module in tuned.denoisers.items()}
             device = self.pipe._execution_device
+            hooked = {name: hooked_modules(name, module) for name, module in tuned.denoisers.items()}
         else:
-            dtypes, device = recording.dtypes, recording.device
+            dtypes, device, hooked = recording.dtypes, recording.device, recording.hooked
         return Networks(
-            denoisers=tuned.frozen if answer_frozen else tuned.denoisers,
+            denoisers=tuned.answering,
             dtypes=dtypes,
             device=device,
-            master_weights=bool(tuned.frozen) and not answer_frozen,
+            hooked=hooked,
+            master_weights=bool(tuned.frozen) and tuned.answering is tuned.denoisers,
             absent=self.offloaded,
             memo=self.memo,
             encode_prompt=self.pipe.encode_prompt if tuned.text_encoders else None,
@@ -345,22 +352,22 @@ class Policy(nn.Module):
         return f"{type(scheduler).__name__}({settings})"
 
     def _choose_steps(
-        self, scheduler: Any, begin: int, window: Collection[int] | None
+        self, scheduler: Any, begin: int, window: Collection[int] | Callable[[int], Collection[int]] | None
     ) -> tuple[SchedulerGrid, tuple[Transition, ...], frozenset[int]]:
         grid = read_grid(scheduler).starting_at(begin)
         transition = make_transition(grid, self.kind, self.eta, self.noise_level)
         stds = transition.std(grid.levels(torch.arange(len(grid)))).tolist()
-        inside = range(len(grid)) if window is None else window
-        if not set(inside) & set(range(len(grid))):
+        inside = set(range(len(grid)) if window is None else window(len(grid)) if callable(window) else window)
+        if not inside & set(range(len(grid))):
             raise ValueError(
                 f"none of the steps {sorted(inside)} of the stochastic window is one of the {len(grid)} steps of the call"
             )
-        actions = frozenset(index for index, std in enumerate(stds) if index in inside and std > self.min_std)
+        stochastic = {index: std for index, std in enumerate(stds) if index in inside}
+        actions = frozenset(index for index, std in stochastic.items() if std > self.min_std)
         if not actions:
             raise ValueError(
-                f"no step is an action: the largest standard deviation of the {len(set(inside))} stochastic steps is "
-                f"{max(std for index, std in enumerate(stds) if index in inside):.4g}, and only steps above min_std = {self.min_std} count. Lower it, raise eta "
-                f"(given: {self.eta}), or choose another window."
+                f"no step is an action: the largest standard deviation of the {len(stochastic)} stochastic steps is {max(stochastic.values()):.4g}, and only "
+                f"steps above min_std = {self.min_std} count. Lower it, raise eta (given: {self.eta}), or choose another window."
             )
         ode = replace(transition, kind="ode")
         return grid, tuple(transition if index in inside else ode for index in range(len(grid))), actions
@@ -408,14 +415,19 @@ def refuse_unknown_arguments(pipe: DiffusionPipeline, call_kwargs: dict[str, Any
             )
 
 
-def refuse_caches(name: str, module: nn.Module) -> None:
-    """Raises [`UnsupportedPipelineError`] where a cache hook would reuse one step's activations in another: a replay skips steps."""
-    for part in module.modules():
-        registry = getattr(part, "_diffusers_hook", None)
-        stateful = [] if registry is None else [h for h in registry.hooks.values() if h._is_stateful]
+def hooked_modules(name: str, module: nn.Module) -> list[nn.Module]:
+    """The modules of a network that carry a hook of diffusers.
+
+    Raises:
+        [`UnsupportedPipelineError`]: Where a cache hook would reuse one step's activations in another: a replay skips steps.
+    """
+    hooked = [part for part in module.modules() if hasattr(part, "_diffusers_hook")]
+    for part in hooked:
+        stateful = [hook for hook in part._diffusers_hook.hooks.values() if hook._is_stateful]
         if stateful:
             raise UnsupportedPipelineError(
                 f"`{name}` has the cache hook {type(stateful[0]).__name__}, which carries activations from step to "
                 "step; a step of such a policy depends on more than its latents and cannot be replayed alone. Take the hook out first "
                 "(`disable_cache()`)."
             )
+    return hooked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,12 @@ from dpok_trl.policy.nested import template
 
 @dataclass(frozen=True)
 class Recording:
-    """What a replay needs beside the trajectory's latents. Opaque to everybody but this module and the policy.
+    """What a replay needs beside the trajectory's latents. Opaque outside this layer.
 
     Args:
         device (`torch.device`): Where the pipeline computes and the generators draw.
         dtypes (`dict[str, torch.dtype]`): Of the denoisers, as the pipeline sees them.
+        hooked (`dict[str, list[torch.nn.Module]]`): Their modules that carry a hook of diffusers.
         scheduler (`str`): Class and config of the scheduler.
         grid ([`SchedulerGrid`]): Of the steps that the pipeline walked: an image-to-image pipeline starts in the middle of its scheduler's.
         begin (`int`): Where in the scheduler's grid.
@@ -37,6 +38,7 @@ class Recording:
 
     device: torch.device
     dtypes: Mapping[str, torch.dtype]
+    hooked: Mapping[str, Sequence[torch.nn.Module]]
     scheduler: str
     grid: SchedulerGrid
     begin: int
@@ -154,6 +156,7 @@ class Recorder:
         self.recording = Recording(
             device=self.networks.device,
             dtypes=self.networks.dtypes,
+            hooked=self.networks.hooked,
             scheduler=self._scheduler,
             grid=grid,
             begin=begin,

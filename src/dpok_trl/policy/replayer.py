@@ -150,12 +150,10 @@ class Replayer:
                 f"the model output of step {step_index} carries no gradient. Either nothing trainable lies in the denoiser, or the "
                 "pipeline cuts it off (a `.detach()` or `torch.inference_mode()` in a custom `__call__`, or `torch.no_grad()` around its guidance): take that out."
             )
-        recorded = self.state(step_index)
-        if sample.shape != recorded.shape:
-            raise ReplayError(
-                f"step {step_index} got latents of shape {tuple(sample.shape)}, recorded were {tuple(recorded.shape)}"
-            )
-        if self.verify and not torch.equal(sample, recorded):
+        shape = (self.num_samples, *self.trajectory.latents[0].shape[1:])
+        if sample.shape != shape:
+            raise ReplayError(f"step {step_index} got latents of shape {tuple(sample.shape)}, recorded were {shape}")
+        if self.verify and not torch.equal(sample, recorded := self.state(step_index)):
             difference = (sample.float() - recorded.float()).abs().max().item()
             raise ReplayError(
                 f"step {step_index} got other latents than in the rollout (largest difference {difference:.3g}). The pipeline keeps a "

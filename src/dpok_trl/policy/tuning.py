@@ -24,7 +24,7 @@ from dpok_trl.policy.lora import (
 from dpok_trl.policy.lora_files import load_lora, loading_code, save_lora, text_encoders_with_lora
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tuned:
     """The trained networks of a pipeline, by component name.
 
@@ -38,19 +38,31 @@ class Tuned:
     text_encoders: dict[str, nn.Module] = field(default_factory=dict)
     frozen: dict[str, nn.Module] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.answering = self.denoisers  # or the frozen copies, within `pretrained_answers`
+
+    @property
+    def full(self) -> bool:
+        """Whether the denoisers' own weights are trained."""
+        return bool(self.frozen)
+
     @property
     def modules(self) -> dict[str, nn.Module]:
         return {**self.denoisers, **self.text_encoders}
 
     @contextmanager
     def pretrained_answers(self) -> Iterator[None]:
-        """Switches the adapters off. Frozen copies are left to the caller, who calls them in place of the denoisers.
+        """Within it the pretrained networks answer: the adapters are off, or the frozen copies are in the denoisers' place.
 
         Raises:
             [`UnsupportedPipelineError`]: If there is neither an adapter nor a copy.
         """
-        if self.frozen:
-            yield
+        if self.full:
+            before, self.answering = self.answering, self.frozen
+            try:
+                yield
+            finally:
+                self.answering = before
             return
         for name, module in self.modules.items():
             if adapter_name(module) is None:
@@ -63,21 +75,28 @@ class Tuned:
 
     def save(self, pipe: DiffusionPipeline, folder: str | Path) -> None:
         """Writes what is trained and nothing else: the adapters ([`save_lora`]), or each denoiser as `folder/<name>`."""
-        if not self.frozen:
+        if not self.full:
             save_lora(pipe, self.modules, folder)
             return
         for name, module in self.denoisers.items():
             module.save_pretrained(Path(folder) / name)
 
+    def export(self, pipe: DiffusionPipeline, folder: str | Path) -> None:
+        """Writes what a user loads: the adapters, or the whole pipeline."""
+        if self.full:
+            pipe.save_pretrained(folder)
+        else:
+            self.save(pipe, folder)
+
     def loading_code(self, pipe: DiffusionPipeline, base: str, repository: str) -> str:
         """The lines of Python that give a user the tuned pipeline."""
-        if self.frozen:
+        if self.full:
             return f'pipe = DiffusionPipeline.from_pretrained("{repository}")'
         return f'pipe = DiffusionPipeline.from_pretrained("{base}")\n' + loading_code(pipe, self.modules, repository)
 
     def load(self, pipe: DiffusionPipeline, folder: str | Path) -> None:
         """Reads what [`~Tuned.save`] wrote, in place."""
-        if not self.frozen:
+        if not self.full:
             load_lora(pipe, self.modules, folder)
             return
         for name, module in self.denoisers.items():
@@ -130,11 +149,14 @@ def tune(
         loaded = adapter_name(module)
         if config is None and loaded is None:
             config = default_lora_config(module, 4 if rank is None else rank, alpha)
-        elif config is None and rank is not None and module.peft_config[loaded].r != rank:
-            raise ValueError(
-                f"`{name}` has the adapter '{loaded}' of rank {module.peft_config[loaded].r} already, and train_lora_rank = {rank}. Leave train_lora_rank out "
-                "to go on training the loaded adapter, or call `pipe.unload_lora_weights()` first to start afresh."
-            )
+        elif config is None:
+            has = module.peft_config[loaded]
+            for setting, given, there in (("rank", rank, has.r), ("alpha", alpha, has.lora_alpha)):
+                if given is not None and given != there:
+                    raise ValueError(
+                        f"`{name}` has the adapter '{loaded}' of {setting} {there} already, and train_lora_{setting} = {given}. Leave train_lora_{setting} out "
+                        "to go on training the loaded adapter, or call `pipe.unload_lora_weights()` first to start afresh."
+                    )
         prepare_adapter(module, config)
     return Tuned(denoisers, encoders)
 

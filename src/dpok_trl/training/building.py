@@ -33,6 +33,10 @@ def build_policy(
     Raises:
         `ValueError`: For settings that do not fit the pipeline; the message says what to change.
     """
+    if peft_config is not None and (config.train_lora_rank is not None or config.train_lora_alpha is not None):
+        raise ValueError(
+            "a peft_config was given, and train_lora_rank or train_lora_alpha too. The config has both numbers; leave the settings out."
+        )
     if peft_config is not None and not config.train_use_lora:
         raise ValueError(
             "a peft_config was given, and train_use_lora = False trains the denoiser's own weights. Leave out the one or the other."
@@ -105,7 +109,7 @@ def encoders_off_the_device(policy: Policy, offload: bool) -> Iterator[None]:
         if offload and name.startswith("text_encoder") and isinstance(component, torch.nn.Module)
     }
     device = pipe._execution_device
-    policy.offloaded = dict.fromkeys(encoders, device)
+    policy.offloaded = frozenset(encoders)
     try:
         for encoder in encoders.values():
             encoder.to("cpu")
@@ -113,7 +117,7 @@ def encoders_off_the_device(policy: Policy, offload: bool) -> Iterator[None]:
     finally:
         for encoder in encoders.values():
             encoder.to(device)
-        policy.offloaded = {}
+        policy.offloaded = frozenset()
 
 
 @contextmanager

@@ -125,7 +125,7 @@ class DPOKConfig:
     sample_transition: str = field(
         default="auto",
         metadata={
-            "help": "The Gaussian of a step. auto: flow_sde for flow-matching schedulers, ancestral for the rest.",
+            "help": "The Gaussian of a step. auto: cps for consistency schedulers and stochastic_sampling, flow_sde for other flow-matching ones, ancestral for the rest.",
             "choices": ["auto", "ancestral", "cps", "flow_sde"],
         },
     )
@@ -208,7 +208,10 @@ class DPOKConfig:
         default=False, metadata={"help": "Keep rewards that run a network off the device but while they score."}
     )
     async_reward_computation: bool = field(
-        default=False, metadata={"help": "Compute rewards in threads while the next batch is sampled."}
+        default=False,
+        metadata={
+            "help": "Compute rewards in threads while the next batch is sampled. A reward that draws random numbers then needs a generator of its own."
+        },
     )
     max_workers: int = field(default=2, metadata={"help": "Threads of `async_reward_computation`."})
     per_prompt_stat_tracking: bool = field(

@@ -27,8 +27,8 @@ def check(config: DPOKConfig) -> None:
 def check_types(config: DPOKConfig) -> None:
     """Every value is of its field's type."""
     for name, hint in get_type_hints(type(config)).items():
-        allowed = [get_origin(kind) or kind for kind in (hint,) if get_origin(kind) is not UnionType]
-        allowed = allowed or [get_origin(kind) or kind for kind in get_args(hint)]
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        allowed = [get_origin(kind) or kind for kind in kinds]
         value = getattr(config, name)
         if float in allowed and type(value) is int:
             continue

@@ -94,10 +94,7 @@ class PublishingMixin:
 
     def _write_model(self, folder: Path, *card: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        if self.tuned.frozen:
-            self.pipeline.save_pretrained(folder)
-        else:
-            self.tuned.save(self.pipeline, folder)
+        self.tuned.export(self.pipeline, folder)
         self._write_model_card(folder, *card)
 
     def _write_model_card(
@@ -112,7 +109,7 @@ class PublishingMixin:
             model_name=model_name or self.config.hub_model_id or folder.resolve().name,
             pipeline=type(self.pipeline).__name__,
             base_model=self.pipeline.config.get("_name_or_path"),
-            is_adapter=not self.tuned.frozen,
+            is_adapter=not self.tuned.full,
             loading_code=lambda base, repository: self.tuned.loading_code(self.pipeline, base, repository),
             dataset_name=dataset_name,
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,9 @@ class DPOKTrainer(PublishingMixin):
         self.pipeline.to(self.accelerator.device)
         self.policy = build_policy(config, self.pipeline, peft_config, pipeline_hooks)
         self.tuned = self.policy.tuned
-        if len(self.tuned.denoisers) > 1 or self.tuned.text_encoders or self.tuned.frozen:
-            # A forward pass meets only the expert of its timestep, and the last layers of some networks are of no use to it.
-            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        # A forward pass meets only the expert of its timestep, and the last layers of some networks are of no use to it.
+        ddp = self.accelerator.ddp_handler or DistributedDataParallelKwargs()
+        self.accelerator.ddp_handler = replace(ddp, find_unused_parameters=True)
         set_seed(config.seed, device_specific=True)
 
         self.trainable_layers = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
@@ -139,7 +140,9 @@ class DPOKTrainer(PublishingMixin):
         self._ratio_checked = False
         self._first_update = False  # the next update is the first after the check
         self._reanchor = True if config.torch_compile else config.train_reanchor  # None: not decided yet
-        self._mixed = config.train_mixed_timesteps  # until the trial says no
+        self._mixes: dict[
+            tuple[int, ...], bool
+        ] = {}  # steps that were tried -> whether one forward pass takes them together
         self.run_log = RunLog(self.output_dir) if self.accelerator.is_main_process else None
         self.checkpoints = Checkpoints(self)
 
@@ -249,7 +252,10 @@ class DPOKTrainer(PublishingMixin):
             prompts, metadata = self.prompts.draw(self.config.sample_batch_size)
             with self.accelerator.autocast():
                 trajectory = self.policy.rollout(
-                    prompts, self._seeds(epoch, index), self._arguments(metadata), sde_window(self.config, epoch)
+                    prompts,
+                    self._seeds(epoch, index),
+                    self._arguments(metadata),
+                    partial(sde_window, self.config, epoch),
                 )
             batch = SampledBatch(trajectory, tuple(metadata))
             self.scoring.begin(batch, state)
@@ -351,7 +357,9 @@ class DPOKTrainer(PublishingMixin):
                 largest=self._largest,
             )
             self._ratio_checked = self._first_update = True
-            self._mixed = self._mixed and self._can_mix(cut[0])
+        steps = cut[0].trajectory.steps
+        if config.train_mixed_timesteps and steps not in self._mixes:  # a stochastic window moves
+            self._mixes[steps] = self._can_mix(cut[0])
         if self._reanchor:
             anchor(self.prepared_policy, cut, with_grad=config.torch_compile)
         return cut
@@ -385,7 +393,7 @@ class DPOKTrainer(PublishingMixin):
             accumulation=config.train_gradient_accumulation_steps,
             timesteps_per_update=config.train_timesteps_per_update,
             random=np.random.default_rng([config.seed, epoch, inner_epoch, self.accelerator.process_index]),
-            mixed=self._mixed,
+            mixed=self._mixes.get(batches[0].trajectory.steps, False),
         )
         if config.kl_weight > 0:
             self._ask_reference(plan)

@@ -7,15 +7,15 @@ import numpy as np
 from dpok_trl.training.config import DPOKConfig
 
 
-def sde_window(config: DPOKConfig, epoch: int) -> range | None:
-    """The steps that are stochastic in an epoch, the same for all processes; `None`: all of them.
+def sde_window(config: DPOKConfig, epoch: int, steps: int) -> range:
+    """The steps that are stochastic in an epoch, of the `steps` that a call walks; the same for all processes.
 
     A moving window stops before the last step, which ends without noise on most grids and so is no action.
     """
     size = config.sample_sde_window_size
     if size is None:
-        return None
-    first, last = config.sample_sde_window_start, max(config.sample_num_steps - 1 - size, 0)
+        return range(steps)
+    first, last = config.sample_sde_window_start, max(steps - 1 - size, 0)
     if config.sample_sde_window_schedule == "progressive":
         first = max(first, min(first + epoch // config.sample_sde_window_interval, last))
     elif config.sample_sde_window_schedule == "random":
