@@ -117,8 +117,60 @@ def test_a_resumed_run_is_the_uninterrupted_one(ranks):
 def test_a_reward_that_fails_in_one_process_stops_both(ranks):
     (zero, one), _ = ranks
     message = "the reward function fails_on_1 raised ConnectionError: no route to host"
-    for name in ("fails", "fails in threads"):
-        assert message in zero[name] and message in one[name]
+    for name in ("fails", "fails in threads", "one of two fails"):
+        assert one[name] == message
+        assert zero[name] == f"process 1 failed with RewardError: {message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing finite on 1", "none of the 4 rewards that nan_on_1 gave for a batch is finite: there is nothing to learn from"),
+        ("not finite on 1", "4 of the 4 rewards that nan_on_1 returned are not finite in float32 (4 NaN, 0 infinite); the first is nan"),
+    ],
+)  # fmt: skip
+def test_rewards_that_are_not_finite_in_one_process_stop_both(ranks, name, message):
+    (zero, one), _ = ranks
+    assert one[name].startswith(message)
+    assert zero[name] == f"process 1 failed with RewardError: {one[name]}"
+
+
+def test_no_image_that_counts_in_any_process_stops_both(ranks):
+    (zero, one), _ = ranks
+    assert zero["no image counts"] == one["no image counts"]
+    assert zero["no image counts"].startswith("none of the 16 images of the round has a reward")
+
+
+def test_both_stop_at_once(ranks):
+    """And not when a collective runs into its time limit, which is minutes."""
+    for out in ranks[0]:
+        assert len(out["seconds to stop"]) == 6 and max(out["seconds to stop"]) < 30
+
+
+def test_a_process_whose_images_no_reward_applies_to_goes_on(ranks):
+    (zero, one), _ = ranks
+    metrics = zero["does not apply on 1"]
+    assert metrics["images_left_out"] == 8 and metrics["reward"] == 1.0
+    assert metrics["rewards/none_on_1/nonfinite"] == 0
+    assert one["does not apply on 1"]["images_left_out"] == 8  # the same, whichever process you ask
+
+
+def test_an_image_that_does_not_count_is_in_no_statistic_of_any_process(ranks, make_trainer):
+    (zero, one), _ = ranks
+    assert all(same(zero["masked advantages"][i], one["masked advantages"][i]) for i in (0, 2))
+    prompts, rewards, advantages = zero["masked advantages"]
+    left_out = [10, 14]  # image 2 of both batches of process 1
+    counts = [row for row in range(16) if row not in left_out]
+    assert rewards.isnan().nonzero().flatten().tolist() == left_out
+    assert advantages[left_out].tolist() == [0, 0]
+    alone = make_trainer(per_prompt_stat_tracking=True, per_prompt_stat_tracking_min_count=2)
+    assert torch.equal(alone.advantages([prompts[row] for row in counts], rewards[counts]), advantages[counts])
+    metrics = zero["masked"]["metrics"]
+    assert (metrics["images_left_out"], metrics["rewards/fails_for_one/nonfinite"]) == (2, 2)
+    assert metrics["rewards/index/process"] == 0.5  # two calls of each process
+    assert metrics["reward"] == rewards[counts].mean().item()
+    assert same(zero["masked"]["end"], one["masked"]["end"])
+    assert not same(zero["masked"]["end"], zero["masked"]["start"])
 
 
 def test_a_prompt_function_that_fails_in_one_process_stops_both(ranks):

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+import time
 from pathlib import Path
 
 
@@ -140,12 +141,36 @@ def failing_reward(out):
             raise ConnectionError("no route to host")
         return red(images, prompts, metadata)
 
-    for name, in_threads in (("fails", False), ("fails in threads", True)):
-        trainer = make(name, fails_on_1, async_reward_computation=in_threads)
+    def nan_on_1(images, prompts, metadata):
+        return torch.full((len(images),), float("nan") if trainer.accelerator.process_index == 1 else 1.0)
+
+    def none_on_1(images, prompts, metadata):
+        return [1.0] * len(images) if trainer.accelerator.process_index == 0 else [None] * len(images)
+
+    def half(images, prompts, metadata):  # with `other_half`, not one image has both
+        return [float("nan"), 1.0] * (len(images) // 2)
+
+    def other_half(images, prompts, metadata):
+        return [1.0, float("nan")] * (len(images) // 2)
+
+    for name, reward, settings in (
+        ("fails", fails_on_1, {}),
+        ("fails in threads", fails_on_1, {"async_reward_computation": True}),
+        ("one of two fails", [red, fails_on_1], {}),
+        ("nothing finite on 1", nan_on_1, {}),
+        ("not finite on 1", [red, nan_on_1], {"reward_on_error": "raise"}),
+        ("no image counts", [half, other_half], {}),
+    ):
+        trainer = make(name, reward, **settings)
+        started = time.monotonic()
         try:
             trainer.train()
         except RewardError as error:
             out[name] = str(error)
+            out.setdefault("seconds to stop", []).append(time.monotonic() - started)
+    trainer = make("does not apply on 1", none_on_1, num_epochs=1)
+    trainer.train()
+    out["does not apply on 1"] = trainer.last_metrics
 
     def prompt_fails_on_1():
         if trainer.accelerator.process_index == 1:
@@ -158,6 +183,26 @@ def failing_reward(out):
     except (KeyError, RuntimeError) as error:
         out["fails in the prompts"] = f"{type(error).__name__}: {error}"
     trainer.accelerator.wait_for_everyone()
+
+
+def masked_rewards(out):
+    """One reward fails for one image of process 1 in each batch; the other logs which process asked."""
+
+    def fails_for_one(images, prompts, metadata):
+        rewards = images[:, 0].mean((1, 2))
+        if trainer.accelerator.process_index == 1:
+            rewards[2] = float("nan")
+        return rewards
+
+    def index(images, prompts, log_metric):
+        log_metric("process", trainer.accelerator.process_index)
+        return [0.0] * len(images)
+
+    trainer = make("masked", [fails_for_one, index], num_epochs=1)
+    start = adapter(trainer)
+    remember(trainer, "advantages", lambda result, *args: out.update({"masked advantages": (*args, result)}))
+    trainer.train()
+    out["masked"] = {"start": start, "end": adapter(trainer), "metrics": trainer.last_metrics}
 
 
 def other_networks(out):
@@ -176,6 +221,7 @@ def main():
     whole_run(out)
     interrupted_run(out)
     failing_reward(out)
+    masked_rewards(out)
     other_networks(out)
     trainer = make("last", num_epochs=1)
     out["processes"], rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
