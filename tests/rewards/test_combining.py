@@ -129,6 +129,18 @@ def test_weights_that_do_not_fit():
         RewardSet(two, weights={"light": 1, "juge": 1})
 
 
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_weights_that_are_no_numbers(bad):
+    for weights in ([1.0, bad], {"light": 1.0, "judge": bad}):
+        with pytest.raises(ValueError, match=rf"reward_weights must be finite numbers; got \[1.0, {bad}\]"):
+            RewardSet({"light": brightness, "judge": Judge()}, weights=weights)
+
+
+def test_a_sum_that_overflows_does_not_count():
+    total, counts = totals([of(1e38, 1, 1, 1)], weights=[100])
+    assert counts.tolist() == [False, True, True, True] and total[0].isnan()
+
+
 # ---------------------------------------------------------------- normalize_then_sum
 
 

@@ -186,6 +186,29 @@ def test_rewards_of_very_different_scale_count_alike(make_trainer, lines):
     assert (line["rewards/constant/mean"], line["rewards/constant_2/mean"]) == (2500, pytest.approx(0.002))
 
 
+def test_the_hook_gets_the_rewards_that_are_trained_on(make_trainer):
+    """Normalised over all images of a prompt in the round, of which each batch has half: 0, 2 and 4, 10."""
+    values = iter([[0.0, 2.0], [4.0, 10.0]])
+    hooked = []
+    trainer = make_trainer(
+        lambda images, prompts, metadata: next(values),
+        prompts=["a"],
+        hook=lambda data, step, tracker: hooked.extend(rewards for *_, rewards, _ in data),
+        sample_batch_size=2,
+        train_batch_size=2,
+        sample_num_batches_per_epoch=2,
+        sample_num_images_per_prompt=2,
+        reward_aggregation="normalize_then_sum",
+    )
+    seen = trained_advantages(trainer)
+    trainer.train()
+    expected = torch.tensor([-4.0, -2.0, 0.0, 6.0]) / math.sqrt(14)
+    torch.testing.assert_close(torch.cat(hooked), expected, rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(
+        seen[0], expected, rtol=0, atol=ROUNDING
+    )  # of mean 0 and standard deviation 1 as they are
+
+
 def test_weights_that_do_not_fit_are_told_at_once(make_trainer):
     with pytest.raises(ValueError, match=r"reward_weights has 2 numbers for 1 rewards \(constant\)"):
         make_trainer(constant(1), reward_weights=[1.0, 2.0])

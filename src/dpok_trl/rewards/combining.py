@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -148,7 +149,7 @@ class RewardSet:
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: The weighted sum of the rewards that apply, `(N,)`, float32; and which images count, `(N,)`, bool: those that no
-            reward failed for and at least one applies to. The sum of an image that does not count is NaN.
+            reward failed for and at least one applies to, with a finite sum. The sum of an image that does not count is NaN.
         """
         counts = (~applies | values.isfinite()).all(dim=1) & applies.any(dim=1)
         used = applies & counts[:, None]
@@ -156,6 +157,7 @@ class RewardSet:
         if self.aggregation == "normalize_then_sum":
             values = _normalized(values, used, prompts)
         total = (values * self.weights).sum(dim=1)
+        counts &= total.isfinite()  # a sum may overflow
         return torch.where(counts, total, torch.nan), counts
 
 
@@ -212,6 +214,9 @@ def _with_distinct_names(rewards: list[BoundReward]) -> list[BoundReward]:
 def _in_order(weights: Sequence[float] | Mapping[str, float] | None, names: list[str]) -> list[float]:
     if weights is None:
         return [1.0] * len(names)
+    numbers = list(weights.values() if isinstance(weights, Mapping) else weights)
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"reward_weights must be finite numbers; got {numbers}.")
     if isinstance(weights, Mapping):
         if set(weights) != set(names):
             raise ValueError(

@@ -88,6 +88,11 @@ class Scoring:
             raise RewardError(
                 f"none of the {len(rewards)} images of the round has a reward: each has one that failed, or none that applies."
             )
+        # With normalize_then_sum the images of a prompt in other batches count too: these are the rewards that are trained on.
+        first = self.accelerator.process_index * len(local[0])
+        parts = rewards[first : first + len(local[0])].split([len(batch.inputs) for batch in batches])
+        for batch, part in zip(batches, parts, strict=True):
+            batch.rewards = part
         metrics = {
             "images_left_out": int((~counts).sum()),
             "reward": rewards[counts].mean().item(),
