@@ -173,7 +173,7 @@ def test_a_window_of_all_steps_is_none(name):
 
 def test_a_window_beside_the_steps_is_refused():
     policy = policy_of(pipeline("StableDiffusionPipeline"))
-    with pytest.raises(ValueError, match=r"none of the steps \[4, 5\] of the stochastic window is one of the 4 steps"):
+    with pytest.raises(ValueError, match=r"window \(\[4, 5\]\) holds none of the 4 steps that can be actions"):
         policy.rollout(PROMPTS, SEEDS, window=[5, 4])
 
 

@@ -227,7 +227,7 @@ def test_steps_below_min_std_are_sampled_and_not_trained(sd):
     with pytest.raises(ValueError, match=r"steps \[3\] are not all actions of this trajectory, which are \[0, 1\]"):
         floored(trajectory, steps=[3])
     with pytest.raises(
-        ValueError, match=r"no step is an action: the largest standard deviation of the 4 stochastic steps is 0\.78"
+        ValueError, match=r"no step is an action: the largest standard deviation of the 4 steps is 0\.78"
     ):
         Policy(sd.pipe, call_kwargs=CALL, min_std=1.0).rollout(PROMPTS, SEEDS)
 

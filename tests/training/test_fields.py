@@ -285,7 +285,7 @@ def _window(run, monkeypatch):
     window = {"sample_sde_window_size": 1, "sample_sde_window_interval": 1}
     assert actions(**window) == [(0,), (1,), (2,)]
     assert actions(**{**window, "sample_sde_window_interval": 2}) == [(0,), (0,), (1,)]
-    assert actions(**{**window, "sample_sde_window_start": 1}) == [(1,), (2,), (2,)]
+    assert actions(**{**window, "sample_sde_window_start": 1}) == [(1,), (2,), (3,)]
     assert actions(sample_sde_window_size=2, sample_sde_window_schedule="fixed") == [(0, 1)] * 3
 
 

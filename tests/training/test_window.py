@@ -20,25 +20,30 @@ def window(epoch, *, steps=10, size=3, start=0, interval=25, schedule="progressi
         sample_sde_window_interval=interval,
         sample_sde_window_schedule=schedule,
     )
-    return sde_window(config, epoch, steps)
+    return sde_window(config, epoch)(steps)
 
 
 def test_without_a_size_all_steps_are_stochastic():
-    assert sde_window(DPOKConfig(), 0, 10) == sde_window(DPOKConfig(), 7, 10) == range(10)
+    assert sde_window(DPOKConfig(), 0) is None and sde_window(DPOKConfig(), 7) is None
 
 
-def test_a_moving_window_stays_in_the_steps_that_a_call_walks():
-    """Image-to-image walks the last steps only."""
+def test_a_moving_window_stays_in_the_steps_that_can_be_actions():
+    """Image-to-image walks the last steps only, and a step without noise is none."""
     config = DPOKConfig(sample_num_steps=8, sample_sde_window_size=2, sample_sde_window_interval=1)
-    assert [sde_window(config, epoch, steps=4) for epoch in (0, 1, 100)] == [range(0, 2), range(1, 3), range(1, 3)]
+    assert [sde_window(config, epoch)(4) for epoch in (0, 1, 2, 100)] == [
+        range(0, 2),
+        range(1, 3),
+        range(2, 4),
+        range(2, 4),
+    ]
+    assert sde_window(config, 100)(1) == range(0, 2)  # fewer than the window: all of them
 
 
 @pytest.mark.parametrize("start", [0, 2])
-def test_a_progressive_window_moves_one_step_every_interval_until_the_last_step_but_one(start):
+def test_a_progressive_window_moves_one_step_every_interval_until_the_last(start):
     for epoch in range(200):
-        first = min(start + epoch // 7, 10 - 1 - 3)
+        first = min(start + epoch // 7, 10 - 3)
         assert window(epoch, start=start, interval=7) == range(first, first + 3)
-    assert window(199, interval=7) == range(6, 9)  # of the steps 0 to 9, the last of which ends without noise
 
 
 def test_a_progressive_window_that_starts_at_the_end_stays_there():
@@ -61,8 +66,8 @@ def test_a_random_window_is_drawn_for_each_epoch_from_the_seed_alone():
     assert drawn == [window(epoch, schedule="random") for epoch in range(700)]
     assert drawn != [window(epoch, schedule="random", seed=1) for epoch in range(700)]
     counts = Counter(drawn)
-    assert set(counts) == {range(first, first + 3) for first in range(7)}
-    assert all(60 < count < 140 for count in counts.values())  # 100 expected, standard deviation 9
+    assert set(counts) == {range(first, first + 3) for first in range(8)}
+    assert all(50 < count < 130 for count in counts.values())  # 87.5 expected, standard deviation 9
 
 
 # ---------------------------------------------------------------- in a run
@@ -162,6 +167,6 @@ def test_a_window_of_deterministic_steps_is_told_so(make_trainer):
     )
     with pytest.raises(
         ValueError,
-        match="no step is an action: the largest standard deviation of the 1 stochastic steps is 0.*another window",
+        match=r"the stochastic window \(beyond the last step\) holds none of the 3 steps that can be actions: \[0, 1, 2\]",
     ):
         trainer.train()

@@ -156,8 +156,9 @@ class Policy(nn.Module):
             seeds (`Sequence[int]` of length `B`): One for each sample, whatever the batch.
             arguments (`Mapping[str, Sequence]`, *optional*): Arguments of the call that differ from sample to sample (`image`, `mask_image` ...), of
                 length `B` each; the pipeline gets lists.
-            window (`Collection[int]`, or a function from the number of steps to one, *optional*): The steps that are stochastic, counted from 0
-                (MixGRPO, https://arxiv.org/abs/2507.21802); the others follow the deterministic ODE. Default: all.
+            window (`Collection[int]` or `Callable`, *optional*): The steps that are stochastic, counted from 0 (MixGRPO,
+                https://arxiv.org/abs/2507.21802); the others follow the deterministic ODE. A function gets the number of steps that can be actions, and
+                returns positions among them. Default: all.
 
         Returns:
             [`Trajectory`]
@@ -357,17 +358,23 @@ class Policy(nn.Module):
         grid = read_grid(scheduler).starting_at(begin)
         transition = make_transition(grid, self.kind, self.eta, self.noise_level)
         stds = transition.std(grid.levels(torch.arange(len(grid)))).tolist()
-        inside = set(range(len(grid)) if window is None else window(len(grid)) if callable(window) else window)
-        if not inside & set(range(len(grid))):
+        possible = [index for index, std in enumerate(stds) if std > self.min_std]
+        if not possible:
             raise ValueError(
-                f"none of the steps {sorted(inside)} of the stochastic window is one of the {len(grid)} steps of the call"
+                f"no step is an action: the largest standard deviation of the {len(stds)} steps is {max(stds):.4g}, and only steps above min_std = "
+                f"{self.min_std} count. Lower it, or raise eta (given: {self.eta})."
             )
-        stochastic = {index: std for index, std in enumerate(stds) if index in inside}
-        actions = frozenset(index for index, std in stochastic.items() if std > self.min_std)
+        if window is None:
+            inside = set(range(len(grid)))
+        elif callable(window):
+            inside = {possible[position] for position in window(len(possible)) if position < len(possible)}
+        else:
+            inside = set(window)
+        actions = frozenset(inside & set(possible))
         if not actions:
             raise ValueError(
-                f"no step is an action: the largest standard deviation of the {len(stochastic)} stochastic steps is {max(stochastic.values()):.4g}, and only "
-                f"steps above min_std = {self.min_std} count. Lower it, raise eta (given: {self.eta}), or choose another window."
+                f"the stochastic window ({sorted(inside) or 'beyond the last step'}) holds none of the {len(possible)} steps that can be actions: {possible}. "
+                "Choose another window, or lower min_std."
             )
         ode = replace(transition, kind="ode")
         return grid, tuple(transition if index in inside else ode for index in range(len(grid))), actions

@@ -82,7 +82,11 @@ def scheduler_note(scheduler: diffusers.SchedulerMixin) -> str | None:
                 f"{replacement.__name__} on the same noise schedule and spacing instead. The pipeline keeps its {name}."
             )
     notes = []
-    order = LMS_ORDER if _is_a(scheduler, "LMSDiscreteScheduler") else config.get("solver_order", 1)
+    # `from_config` carries settings along that the class does not have
+    own = inspect.signature(type(scheduler).__init__).parameters
+    order = config.solver_order if "solver_order" in own else 1
+    if _is_a(scheduler, "LMSDiscreteScheduler"):
+        order = LMS_ORDER
     if order > 1:
         notes.append(f"order {order} (solver_order) uses the model outputs of earlier steps too and is forced to 1")
     if _is_a(scheduler, "UniPCMultistepScheduler"):
@@ -131,8 +135,10 @@ def refuse_scheduler(scheduler: diffusers.SchedulerMixin) -> None:
 
 
 def _reader_of(scheduler: diffusers.SchedulerMixin) -> Callable[[diffusers.SchedulerMixin], SchedulerGrid]:
+    is_flow = scheduler.config.get("use_flow_sigmas") or scheduler.config.get("prediction_type") == "flow_prediction"
     for refused, advice in _NOT_MARKOV.items():
         if _is_a(scheduler, refused):
+            advice = _ADVICE_FLOW if is_flow else advice
             _refuse(scheduler, "a step of it is not a function of the current latents alone (not Markov)", advice)
     for readable, reader in _READERS.items():
         if _is_a(scheduler, readable):

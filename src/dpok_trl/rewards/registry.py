@@ -22,6 +22,7 @@ SHIPPED = {
     "aesthetic": "dpok_trl.rewards.aesthetic:Aesthetic",
     "jpeg-compressibility": "dpok_trl.rewards.jpeg:JpegCompressibility",
     "jpeg-incompressibility": "dpok_trl.rewards.jpeg:JpegIncompressibility",
+    "ocr": "dpok_trl.rewards.ocr:OCRReward",
     "diversity": "dpok_trl.rewards.diversity:PairwiseDiversity",
     "demo-exact": "dpok_trl.rewards.demo:DemoExact",
     "demo-soft": "dpok_trl.rewards.demo:DemoSoft",
@@ -48,7 +49,14 @@ def load_reward(reward: Any, **kwargs: Any) -> Callable[..., Any]:
     if reward in SHIPPED:
         return _attribute(SHIPPED[reward])(**kwargs)
     if ":" in reward:
-        return _attribute(reward)
+        found = _attribute(reward)
+        if isinstance(found, type):
+            return found(**kwargs)
+        if kwargs:
+            raise ValueError(
+                f"'{reward}' is a function and takes no {', '.join(kwargs)}; only classes are made with arguments."
+            )
+        return found
     close = difflib.get_close_matches(reward, SHIPPED, n=1, cutoff=0.4)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     raise ValueError(

@@ -151,7 +151,7 @@ class DPOKConfig:
     sample_sde_window_schedule: str = field(
         default="progressive",
         metadata={
-            "help": "Where the window is. progressive: from `sample_sde_window_start` one step later every `sample_sde_window_interval` epochs; random: drawn "
+            "help": "Where the window is, among the steps that have noise. progressive: from `sample_sde_window_start` one step later every `sample_sde_window_interval` epochs; random: drawn "
             "for each epoch; fixed: at `sample_sde_window_start`.",
             "choices": ["progressive", "random", "fixed"],
         },

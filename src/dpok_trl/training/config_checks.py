@@ -118,10 +118,15 @@ def _check_window(config: DPOKConfig) -> None:
         if unused:
             raise ValueError(f"{', '.join(unused)} would do nothing: set sample_sde_window_size as well.")
         return
+    if start >= config.sample_num_steps:
+        raise ValueError(
+            f"sample_sde_window_start = {start}, but the {config.sample_num_steps} steps of sample_num_steps are counted from 0. The largest start is "
+            f"{config.sample_num_steps - 1}."
+        )
     if size < 1 or start + size > config.sample_num_steps:
         raise ValueError(
             f"sample_sde_window_size = {size} from sample_sde_window_start = {start} does not lie in the {config.sample_num_steps} steps of "
-            f"sample_num_steps. The size must be between 1 and {max(1, config.sample_num_steps - start)}."
+            f"sample_num_steps. The size must be between 1 and {config.sample_num_steps - start}."
         )
     if int(size * config.train_timestep_fraction) < 1:
         raise ValueError(

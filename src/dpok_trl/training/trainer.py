@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +254,7 @@ class DPOKTrainer(PublishingMixin):
                     prompts,
                     self._seeds(epoch, index),
                     self._arguments(metadata),
-                    partial(sde_window, self.config, epoch),
+                    sde_window(self.config, epoch),
                 )
             batch = SampledBatch(trajectory, tuple(metadata))
             self.scoring.begin(batch, state)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from dpok_trl.training.config import DPOKConfig
 
 
-def sde_window(config: DPOKConfig, epoch: int, steps: int) -> range:
-    """The steps that are stochastic in an epoch, of the `steps` that a call walks; the same for all processes.
+def sde_window(config: DPOKConfig, epoch: int) -> Callable[[int], range] | None:
+    """Which of the steps that can be stochastic are, in an epoch; the same for all processes. `None`: all of them.
 
-    A moving window stops before the last step, which ends without noise on most grids and so is no action.
+    The number of those steps is known only once the pipeline has set its timesteps, so the answer is a function of it: image-to-image walks a
+    part of the grid, and steps without noise (often the last one) or with less than `sample_min_std` are none of them.
     """
-    size = config.sample_sde_window_size
+    size, start = config.sample_sde_window_size, config.sample_sde_window_start
     if size is None:
-        return range(steps)
-    first, last = config.sample_sde_window_start, max(steps - 1 - size, 0)
-    if config.sample_sde_window_schedule == "progressive":
-        first = max(first, min(first + epoch // config.sample_sde_window_interval, last))
-    elif config.sample_sde_window_schedule == "random":
-        first = int(np.random.default_rng([config.seed, epoch]).integers(last + 1))
-    return range(first, first + size)
+        return None
+
+    def window(steps: int) -> range:
+        last = max(steps - size, 0)
+        if config.sample_sde_window_schedule == "progressive":
+            first = min(start + epoch // config.sample_sde_window_interval, last)
+        elif config.sample_sde_window_schedule == "random":
+            first = int(np.random.default_rng([config.seed, epoch]).integers(last + 1))
+        else:
+            first = start
+        return range(first, first + size)
+
+    return window
