@@ -4,7 +4,7 @@
 # ///
 """A reward of your own, with a column of your own, on the embedded pipeline: no download, no GPU.
 
-    python examples/custom_reward.py --epochs 10
+    python examples/custom_reward.py --epochs 20
 
 Each prompt comes with the colour that is wanted; the reward is how close the picture's mean colour is to it.
 """
@@ -35,8 +35,8 @@ def mean_colour(images: list[Image.Image], wanted: list[tuple[int, int, int]]) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=32, help="images sampled, and trained on, at once")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=64, help="images sampled, and trained on, at once")
     parser.add_argument("--steps", type=int, default=10, help="denoising steps")
     parser.add_argument("--output", default="custom-reward", help="folder for metrics, pictures and checkpoints")
     args = parser.parse_args()
@@ -56,12 +56,15 @@ def main() -> None:
         sample_batch_size=args.batch_size,
         sample_num_batches_per_epoch=1,
         train_batch_size=args.batch_size,
+        train_timesteps_per_update=2,
         train_learning_rate=2e-3,
+        train_adam_beta2=0.99,
         train_log_prob_reduction="sum",
         train_clip_range=0.2,
         kl_weight=0.02,
     )
-    lora = LoraConfig(r=8, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"]
+    lora = LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=layers)
     trainer = DPOKTrainer(config, mean_colour, PROMPTS, load_demo_pipeline(), peft_config=lora)
     trainer.train()
     trainer.save_model(f"{args.output}/lora")

@@ -4,7 +4,7 @@
 # ///
 """Several rewards with weights, on the embedded pipeline: no download, no GPU.
 
-    python examples/multi_reward.py --epochs 10 --weights 1 0.5 0.2
+    python examples/multi_reward.py --epochs 20 --weights 1 0.5 0.2
 
 "demo-soft" says whether the picture is right, "jpeg-compressibility" (clipped: beyond a point, plainer is no better) keeps it clean, and
 "diversity" keeps the pictures of one prompt from becoming all alike. Their scales differ, so each is normalised over the pictures of its
@@ -25,17 +25,17 @@ from dpok_trl.demo import load_demo_pipeline
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--weights", type=float, nargs=3, default=[1.0, 0.5, 0.2], help="right, clean, diverse")
     parser.add_argument("--group-size", type=int, default=8, help="images of each prompt")
-    parser.add_argument("--batch-size", type=int, default=32, help="images sampled, and trained on, at once")
+    parser.add_argument("--batch-size", type=int, default=64, help="images sampled, and trained on, at once")
     parser.add_argument("--steps", type=int, default=10, help="denoising steps")
     parser.add_argument("--output", default="multi-reward", help="folder for metrics, pictures and checkpoints")
     args = parser.parse_args()
 
     rewards = {
         "right": "demo-soft",
-        "clean": Clipped("jpeg-compressibility", high=-0.6),
+        "clean": Clipped("jpeg-compressibility", high=-0.9),
         "diverse": "diversity",
     }
     config = DPOKConfig(
@@ -50,12 +50,15 @@ def main() -> None:
         sample_batch_size=args.batch_size,
         sample_num_batches_per_epoch=1,
         train_batch_size=args.batch_size,
+        train_timesteps_per_update=2,
         train_learning_rate=2e-3,
+        train_adam_beta2=0.99,
         train_log_prob_reduction="sum",
         train_clip_range=0.2,
         kl_weight=0.02,
     )
-    lora = LoraConfig(r=8, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"]
+    lora = LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=layers)
     prompts = ["a green triangle", "four circles", "a red square and a blue circle", "a circle above a square"]
     trainer = DPOKTrainer(config, rewards, prompts, load_demo_pipeline(), peft_config=lora)
     trainer.train()

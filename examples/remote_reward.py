@@ -4,9 +4,9 @@
 # ///
 """A reward behind an address, asked while the next images are sampled. On the embedded pipeline: no download, no GPU.
 
-python examples/remote_reward.py --epochs 10                                # serves "demo-soft" to itself, in a thread
+python examples/remote_reward.py --epochs 20                                # serves "demo-soft" to itself, in a thread
 dpok-trl serve-reward demo-soft --port 8000                                 # or in another process, or on another machine:
-python examples/remote_reward.py --epochs 10 --url http://localhost:8000
+python examples/remote_reward.py --epochs 20 --url http://localhost:8000
 """
 
 from __future__ import annotations
@@ -50,12 +50,15 @@ def train(url: str, args: argparse.Namespace) -> None:
         sample_batch_size=args.batch_size,
         sample_num_batches_per_epoch=2,  # the first is scored while the second is sampled
         train_batch_size=args.batch_size,
+        train_timesteps_per_update=2,
         train_learning_rate=2e-3,
+        train_adam_beta2=0.99,
         train_log_prob_reduction="sum",
         train_clip_range=0.2,
         kl_weight=0.02,
     )
-    lora = LoraConfig(r=8, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"]
+    lora = LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=layers)
     DPOKTrainer(config, reward, ["a green triangle"], load_demo_pipeline(), peft_config=lora).train()
     print(f"Metrics: {args.output}/metrics.jsonl")
 
@@ -63,8 +66,8 @@ def train(url: str, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", help="of a reward server (default: one is started here)")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=32, help="images sampled, and trained on, at once")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=64, help="images sampled, and trained on, at once")
     parser.add_argument("--steps", type=int, default=10, help="denoising steps")
     parser.add_argument("--output", default="remote-reward", help="folder for metrics, pictures and checkpoints")
     args = parser.parse_args()

@@ -33,3 +33,15 @@ def test_memory():
     assert float(peak) > 100  # Python and torch alone take more
     assert spread == f"{peak} to {peak}"
     assert stored == "0.00"  # three 4x8x8 tensors
+
+
+def test_rewards():
+    found = rows("rewards", "--threads", "1", "2")
+    assert [name for name, *_ in found] == ["after sampling", "during it, 1 thread", "during it, 2 threads"]
+    # three batches of 0.02 s, and 0.04 s for each reward: all, then sampling of one and all rewards, then all sampling and the last reward
+    assert [row[4] for row in found] == ["0.180", "0.140", "0.100"]
+    assert [row[2] for row in found] == ["0.120", "0.120", "0.060"]
+    for _, seconds, larger, ratio, least, share in found:
+        assert float(seconds) >= float(least)  # no clock runs backwards
+        assert abs(float(share) - float(seconds) / float(least)) < 0.02
+        assert abs(float(ratio) - float(seconds) / float(larger)) < 0.02

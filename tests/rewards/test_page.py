@@ -1,0 +1,46 @@
+"""docs/rewards.md against the code: its tables, and its marked blocks."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dpok_trl.rewards.binding import NAMES
+from dpok_trl.rewards.registry import SHIPPED, shipped_rewards
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+MARKED = re.findall(r"^<!-- test: rewards -->\n```python\n(.*?)^```", PAGE, re.S | re.M)
+
+
+def rows(first_header):
+    """The cells of the tables whose first two columns begin so."""
+    found = re.findall(rf"^\| {re.escape(first_header)} .*\n\|[-|]+\n((?:\|.*\n)+)", PAGE, re.M)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for table in found for line in table.splitlines()]
+
+
+def test_the_shipped_rewards_say_the_same_of_themselves():
+    expected = [[f"`{i.name}`", i.range, i.weights, i.licence, i.input] for i in shipped_rewards()]
+    assert rows("name | range") == expected
+
+
+def test_every_shipped_reward_has_its_weaknesses_told():
+    named = [name for first, *_ in rows("name | from") for name in re.findall(r"`([\w.-]+)`", first)]
+    assert sorted(named) == sorted(SHIPPED)
+
+
+def test_the_parameters_are_those_that_are_bound():
+    named = {name for first, *_ in rows("parameter |") for name in re.findall(r"`(\w+)`", first)}
+    assert named == set(NAMES)
+
+
+def test_there_are_marked_blocks():
+    assert len(MARKED) == 2
+
+
+@pytest.mark.parametrize(
+    ("block", "printed"), zip(MARKED, ["redness: ok\n", "clipped(standardized(pickscore))\n"], strict=True)
+)
+def test_marked_block_runs(block, printed, capsys):
+    exec(compile(block, "docs/rewards.md", "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out.startswith(printed)
