@@ -114,6 +114,8 @@ def test_check_with_metadata_and_pictures(capsys, folder):
     assert code == 0 and "with 2 images as PIL pictures" in out
     code, out = printed(capsys, "check", "demo-soft", "--prompt", "two crosses")
     assert code == 0 and "with 6 images" in out
+    code, out = printed(capsys, "check", "demo-soft", "--prompt", "two crosses", "--prompt", "a square")
+    assert code == 0 and "with 2 images" in out
 
 
 # --- score ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from dpok_trl.rewards.binding import NAMES
 from dpok_trl.rewards.registry import SHIPPED, shipped_rewards
 
 
-PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+REPOSITORY = Path(__file__).parents[2]
+PAGE = (REPOSITORY / "docs" / "rewards.md").read_text(encoding="utf-8")
 MARKED = re.findall(r"^<!-- test: rewards -->\n```python\n(.*?)^```", PAGE, re.S | re.M)
 
 
@@ -44,3 +45,8 @@ def test_there_are_marked_blocks():
 def test_marked_block_runs(block, printed, capsys):
     exec(compile(block, "docs/rewards.md", "exec"), {"__name__": "example"})
     assert capsys.readouterr().out.startswith(printed)
+
+
+def test_the_readme_names_all_but_those_of_the_demo():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert [name for name in SHIPPED if f"`{name}`" not in readme] == ["demo-exact", "demo-soft", "demo-greenness"]

@@ -96,7 +96,8 @@ def _check(args: argparse.Namespace) -> int:
     images = [_picture(path) for path in args.images] or None
     prompts = None
     if args.prompt is not None:
-        prompts = _one_each(args.prompt, len(images or ()) or max(len(args.prompt), len(SAMPLE_PROMPTS)))
+        samples = len(SAMPLE_PROMPTS) if len(args.prompt) == 1 else len(args.prompt)
+        prompts = _one_each(args.prompt, len(images) if images else samples)
     count = len(images or prompts or SAMPLE_PROMPTS)
     metadata = None if args.metadata is None else [args.metadata] * count
     report = check_reward(reward, images, prompts, metadata)
@@ -168,7 +169,7 @@ def _scores(reward: RewardFunction, pictures: list[Any], prompts: list[str], met
 
 def load(name: str, device: str | None) -> RewardFunction:
     """
-    The reward, on its device. The module of `module:function` may lie in the current folder; a class is called for its object.
+    The reward, on its device. The module of `module:function` may lie in the current folder.
 
     Raises:
         `ValueError`: If there is no such reward, or it cannot be moved to the device that was asked for.
@@ -178,8 +179,6 @@ def load(name: str, device: str | None) -> RewardFunction:
     if "" not in sys.path:
         sys.path.insert(0, "")
     reward = load_reward(name)
-    if isinstance(reward, type):
-        reward = reward()
     if device is not None:
         if not callable(getattr(reward, "to", None)):
             raise ValueError(f"{name} has no method `to`, so --device {device} would do nothing: leave it away.")
