@@ -56,6 +56,19 @@ def test_an_address_is_a_server(address):
 def test_a_place_in_a_module(module):
     module("my_rewards_here", "def redness(images, prompts):\n    return [1.0] * len(images)\n")
     assert load_reward("my_rewards_here:redness").__name__ == "redness"
+    with pytest.raises(ValueError, match="'my_rewards_here:redness' is a function and takes no device"):
+        load_reward("my_rewards_here:redness", device="cpu")
+
+
+def test_a_class_in_a_module_is_made(module):
+    module(
+        "my_judges_here",
+        "class Judge:\n"
+        "    def __init__(self, strict=False):\n        self.strict = strict\n"
+        "    def __call__(self, images, prompts):\n        return [1.0] * len(images)\n",
+    )
+    assert load_reward("my_judges_here:Judge").strict is False
+    assert load_reward("my_judges_here:Judge", strict=True).strict is True
 
 
 # ---------------------------------------------------------------- what is not there
