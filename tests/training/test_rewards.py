@@ -76,6 +76,14 @@ def test_an_image_without_a_reward_has_advantage_0_and_is_in_no_statistic(way, m
         assert trainer.stat_tracker.state_dict() == alone.stat_tracker.state_dict()
 
 
+def test_an_image_whose_companions_are_left_out_has_nothing_to_be_compared_with(make_trainer):
+    trainer = make_trainer(**WAYS["group"])
+    advantages = trainer.advantages(["a", "a", "b", "b"], torch.tensor([1.0, NAN, 2.0, 4.0]))
+    unit = 1 / (1 + GROUP_EPSILON)
+    torch.testing.assert_close(advantages, torch.tensor([0, 0, -unit, unit]), rtol=0, atol=ROUNDING)
+    assert trainer.advantages(["a", "a"], torch.tensor([1.0, NAN])).tolist() == [0, 0]
+
+
 def test_clipping_comes_after(make_trainer):
     trainer = make_trainer(train_adv_clip_max=0.5)
     assert trainer.advantages(["a"] * 4, torch.tensor([0.0, NAN, 1.0, 2.0])).tolist() == [-0.5, 0, 0, 0.5]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -298,6 +298,12 @@ class DPOKTrainer(PublishingMixin):
         not finite has the advantage 0 and is out of every statistic."""
         counts = rewards.isfinite()
         advantages = torch.zeros_like(rewards)
+        if self.config.train_adv_type == "group":
+            # an image whose companions were all left out has nothing to be compared with
+            left = Counter(prompt for prompt, one in zip(prompts, counts.tolist(), strict=True) if one)
+            counts = counts & torch.tensor([left[prompt] != 1 for prompt in prompts])
+            if not counts.any():
+                return advantages
         prompts, rewards = (
             [prompt for prompt, one in zip(prompts, counts.tolist(), strict=True) if one],
             rewards[counts],
