@@ -73,9 +73,7 @@ def test_a_wrong_argument_is_raised_and_the_pipeline_restored():
 def test_fp32_latents_are_checked_as_they_are_trained():
     pipe = pipeline("StableDiffusionPipeline", torch.bfloat16)
     call = call_arguments(pipe)
-    torch.manual_seed(0)  # of the check's adapter
     rounded = check_pipeline(pipe, **call)
-    torch.manual_seed(0)
     exact = check_pipeline(pipe, fp32_latents=True, **call)
     assert rounded.ok and exact.ok
     pairs = [(a.gradient_norm, b.gradient_norm) for a, b in zip(rounded.steps, exact.steps, strict=True)]
@@ -92,6 +90,34 @@ def test_the_kind_and_the_amount_of_noise():
     pipe.scheduler.set_timesteps(tiny.STEPS)
     assert [step.std for step in cps.steps] == pytest.approx(pipe.scheduler.sigmas[1:-1].tolist())
     assert sde.ok and more.ok and cps.ok
+
+
+def test_a_check_is_repeatable_and_leaves_random_numbers_alone():
+    pipe = pipeline("StableDiffusionPipeline")
+    reports, states = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        reports.append(check_pipeline(pipe, **call_arguments(pipe)))
+        states.append((before, torch.get_rng_state()))
+    assert reports[0] == reports[1] and reports[0].ok
+    assert all(torch.equal(before, after) for before, after in states)
+
+
+def test_arguments_of_the_call_named_like_those_of_the_check():
+    pipe = pipeline("StableDiffusionUpscalePipeline")
+    call = {name: value for name, value in call_arguments(pipe).items() if name != "noise_level"}
+    seen = []
+    original = pipe.low_res_scheduler.add_noise
+    pipe.low_res_scheduler.add_noise = lambda x, noise, level: (
+        seen.append(level.unique().tolist()) or original(x, noise, level)
+    )
+    assert check_pipeline(pipe, call_kwargs={"noise_level": 7}, noise_level=0.3, **call).ok
+    assert seen and all(levels == [7] for levels in seen)
+    with pytest.raises(ValueError, match="'eta' cannot be an argument of the call: the noise of the steps"):
+        check_pipeline(pipe, call_kwargs={"eta": 0.5}, **call)
+    with pytest.raises(ValueError, match="num_inference_steps is given twice"):
+        check_pipeline(pipe, call_kwargs={"num_inference_steps": 2}, **call)
 
 
 def test_arguments_with_a_value_for_each_prompt():

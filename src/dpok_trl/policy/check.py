@@ -82,22 +82,32 @@ def check_pipeline(
     noise_level: float = 0.7,
     fp32_latents: bool = False,
     hooks: PipelineHooks | None = None,
-    **call_kwargs: Any,
+    call_kwargs: Mapping[str, Any] | None = None,
+    **more_call_kwargs: Any,
 ) -> PipelineReport:
     """Rolls `pipe` out and replays every stochastic step of it.
 
-    A pipeline without an adapter gets one for the time of the check. The pipeline is left as it was.
+    A pipeline without an adapter gets one for the time of the check, always the same. The pipeline is left as it was, and torch's global random
+    state too.
 
     Args:
         pipe (`DiffusionPipeline`, `str` or `Path`): A pipeline, a Hub id or a folder.
         prompts (`Sequence[str]`): A batch of at least two shows more than one.
         arguments (`Mapping[str, Sequence]`, *optional*): Arguments of the call with one value for each prompt.
         kind, eta, noise_level, fp32_latents, hooks: See [`Policy`].
-        call_kwargs: Arguments of the pipeline's call, as in training: `num_inference_steps`, `guidance_scale`, `height` ...
+        call_kwargs (`Mapping[str, Any]`, *optional*): Arguments of the pipeline's call, as in training. Those that have the name of an argument above can
+            only be given here: the `noise_level` of an upscaling pipeline, say.
+        more_call_kwargs: All others can be given by themselves: `num_inference_steps`, `guidance_scale`, `height` ...
 
     Returns:
         [`PipelineReport`]: With `ok=False` and a `reason` for what cannot be a policy; other errors (a wrong call argument, say) are raised.
+
+    Raises:
+        `ValueError`: For an argument of the call that is given twice, and for one that the call does not take.
     """
+    twice = sorted(more_call_kwargs.keys() & (call_kwargs or {}).keys())
+    if twice:
+        raise ValueError(f"{', '.join(twice)} is given twice, in call_kwargs and by itself. Give it once.")
     pipe = load_pipeline(pipe)
     hooks = PipelineHooks() if hooks is None else hooks
     names = (type(pipe).__name__, type(getattr(pipe, "scheduler", None)).__name__)
@@ -106,7 +116,7 @@ def check_pipeline(
             policy = Policy(
                 pipe,
                 tuned,
-                call_kwargs=call_kwargs,
+                call_kwargs={**(call_kwargs or {}), **more_call_kwargs},
                 kind=kind,
                 eta=eta,
                 noise_level=noise_level,
@@ -177,7 +187,12 @@ def _some_adapter(pipe: DiffusionPipeline, hooks: PipelineHooks) -> Iterator[Tun
     before = {p: (p.requires_grad, p.dtype) for module in networks for p in module.parameters()}
     training = {module: module.training for network in networks for module in network.modules()}
     try:
-        yield tune(pipe, denoisers)
+        # so that a check is repeatable, and the caller's own random numbers are as if there had been none
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.default_generator.manual_seed(0)
+            torch.cuda.manual_seed_all(0)
+            tuned = tune(pipe, denoisers)
+        yield tuned
     finally:
         for module in added:
             if adapter_name(module) is not None:
