@@ -1,9 +1,13 @@
 """Pipelines by name: loaded as they are."""
 
+import logging
+
 import pytest
-from diffusers import DDPMScheduler, PNDMScheduler
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
 from tiny import stable_diffusion, stable_diffusion_xl
 
+from dpok_trl import DPOKConfig, DPOKTrainer, check_pipeline
 from dpok_trl.policy.loading import load_pipeline
 
 
@@ -31,3 +35,55 @@ def test_anything_else_is_refused():
         ValueError, match="must be a diffusers pipeline, a Hub id or a folder; given: UNet2DConditionModel"
     ):
         load_pipeline(stable_diffusion().unet)
+
+
+def test_a_dtype_without_a_warning(tmp_path, caplog, recwarn):
+    stable_diffusion().save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        pipe = load_pipeline(tmp_path, "bf16")
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
+    said = caplog.text + "".join(str(warning.message) for warning in recwarn)
+    assert "torch_dtype" not in said and "ignored" not in said
+
+
+# --- names that lead nowhere ------------------------------------------------------------------------------------------
+
+
+class MyPipeline(StableDiffusionPipeline):
+    pass
+
+
+def test_a_class_that_is_not_of_diffusers(tmp_path):
+    pipe = stable_diffusion()
+    MyPipeline(**pipe.components, requires_safety_checker=False).save_pretrained(tmp_path / "own")
+    words = r"the class MyPipeline is not diffusers' own: load it yourself \(`MyPipeline.from_pretrained\(...\)`\)"
+    config = DPOKConfig(output_dir=str(tmp_path / "run"))
+    for load in (load_pipeline, check_pipeline, lambda name: DPOKTrainer(config, lambda *_: None, ["a"], name)):
+        with pytest.raises(ValueError, match=words):
+            load(str(tmp_path / "own"))
+    assert check_pipeline(MyPipeline.from_pretrained(tmp_path / "own"), num_inference_steps=2).ok
+
+
+def test_another_attribute_error_is_not_explained_away(tmp_path, monkeypatch):
+    stable_diffusion().save_pretrained(tmp_path)
+
+    def broken(cls, name, **kwargs):
+        raise AttributeError("something else")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(broken))
+    with pytest.raises(AttributeError, match="something else"):
+        load_pipeline(tmp_path)
+
+
+def test_a_path_that_could_be_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def unreachable(cls, name, **kwargs):
+        raise OSError(f"{name} is not there")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(unreachable))
+    with pytest.raises(OSError, match="^there is no folder m/Nothere here, and as a Hub id: m/Nothere is not there$"):
+        load_pipeline("m/Nothere")
+    (tmp_path / "m").mkdir()
+    with pytest.raises(OSError, match="^m is not there$"):
+        load_pipeline("m")

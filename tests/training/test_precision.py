@@ -52,6 +52,6 @@ def test_a_dtype_for_a_pipeline_that_is_loaded_is_refused(make_trainer):
     with pytest.raises(
         ValueError,
         match=r"model_dtype = 'fp16' is for pipelines given by name, and this StableDiffusionPipeline has been loaded. Load it in that dtype: "
-        r"`from_pretrained\(..., torch_dtype=torch.float16\)`",
+        r"`from_pretrained\(..., (torch_)?dtype=torch.float16\)`",
     ):
         make_trainer(model_dtype="fp16")
