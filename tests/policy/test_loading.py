@@ -5,10 +5,12 @@ import logging
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
-from tiny import stable_diffusion, stable_diffusion_xl
+from tiny import nudge, stable_diffusion, stable_diffusion_xl
+from walks import image
 
 from dpok_trl import DPOKConfig, DPOKTrainer, check_pipeline
 from dpok_trl.policy.loading import load_pipeline
+from dpok_trl.policy.tuning import tune
 
 
 @pytest.mark.parametrize(
@@ -87,3 +89,19 @@ def test_a_path_that_could_be_a_hub_id(tmp_path, monkeypatch):
     (tmp_path / "m").mkdir()
     with pytest.raises(OSError, match="^m is not there$"):
         load_pipeline("m")
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("pipeline_class", [StableDiffusionPipeline, MyPipeline])
+def test_the_loading_code_of_a_model_card_runs(pipeline_class, full, tmp_path):
+    components = stable_diffusion().components
+    pipeline_class(**components, requires_safety_checker=False).save_pretrained(tmp_path / "base")
+    pipe = pipeline_class(**components, requires_safety_checker=False)
+    tuned = tune(pipe, {"unet": pipe.unet}, full=full)
+    nudge(pipe.unet)
+    tuned.export(pipe, tmp_path / "tuned")
+    code = tuned.loading_code(pipe, str(tmp_path / "base"), str(tmp_path / "tuned"))
+    namespace = {} if pipeline_class is StableDiffusionPipeline else {"MyPipeline": MyPipeline}
+    exec(code, namespace)
+    assert type(namespace["pipe"]) is pipeline_class
+    assert torch.equal(image(namespace["pipe"]), image(pipe))

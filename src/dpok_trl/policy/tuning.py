@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
@@ -90,9 +91,14 @@ class Tuned:
 
     def loading_code(self, pipe: DiffusionPipeline, base: str, repository: str) -> str:
         """The lines of Python that give a user the tuned pipeline."""
+        name = type(pipe).__name__
+        if getattr(diffusers, name, None) is type(pipe):
+            name, first = "DiffusionPipeline", "from diffusers import DiffusionPipeline\n\n"
+        else:  # `DiffusionPipeline` would look for it in diffusers
+            first = f"# {name} is not a class of diffusers: import it from where it is defined\n"
         if self.full:
-            return f'pipe = DiffusionPipeline.from_pretrained("{repository}")'
-        return f'pipe = DiffusionPipeline.from_pretrained("{base}")\n' + loading_code(pipe, self.modules, repository)
+            return first + f'pipe = {name}.from_pretrained("{repository}")'
+        return first + f'pipe = {name}.from_pretrained("{base}")\n' + loading_code(pipe, self.modules, repository)
 
     def load(self, pipe: DiffusionPipeline, folder: str | Path) -> None:
         """Reads what [`~Tuned.save`] wrote, in place."""

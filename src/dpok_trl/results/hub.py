@@ -27,8 +27,6 @@ pretrained model.
 {metric_rows}
 
 ```python
-from diffusers import DiffusionPipeline
-
 {loading_code}
 image = pipe("a prompt").images[0]
 ```
@@ -95,7 +93,13 @@ def write_model_card(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         datasets=dataset_name,
-        tags=["text-to-image", "diffusers", *(["lora"] if is_adapter else []), "reinforcement-learning", *(tags or [])],
+        tags=[
+            "text-to-image",
+            "diffusers",
+            *(["lora"] if is_adapter else []),
+            "reinforcement-learning",
+            *(tags or []),
+        ],
     )
     settings = {name: value for name, value in config.items() if name.split("/")[0] not in PRIVATE_SETTINGS}
     settings = json.dumps(settings, indent=2, default=str)
