@@ -390,6 +390,13 @@ def test_a_picture_that_is_missing(tmp_path, capsys):
     assert "missing 1 required positional argument: 'image'" in error and "--picture NAME=FILE" in error
 
 
+def test_a_strength_that_leaves_no_step(tmp_path, green, capsys):
+    build(StableDiffusionImg2ImgPipeline).save_pretrained(tmp_path / "pipeline")
+    argv = ["--picture", f"image={green}", "--set", "strength=0.1"]
+    assert cli.main(["check", str(tmp_path / "pipeline"), *QUICK, *argv]) == cli.USER_ERROR
+    assert "StableDiffusionImg2ImgPipeline raised RuntimeError: " in capsys.readouterr().err
+
+
 def test_too_little_memory(saved, capsys, monkeypatch):
     def check_pipeline(pipe, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB.")

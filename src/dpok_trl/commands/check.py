@@ -152,10 +152,15 @@ def _check(
         raise ValueError(
             f"{device} has too little memory. Try --dtype bf16, one --prompt instead of {len(prompts)}, or a smaller --height and --width."
         ) from error
-    except (TypeError, ValueError) as error:  # what pipelines raise for arguments that they miss or cannot take
+    except (
+        TypeError,
+        ValueError,
+        IndexError,
+        RuntimeError,
+    ) as error:  # of pipelines, for arguments that they miss or cannot take
         *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-        if isinstance(error, ValueError) and innermost.f_globals["__name__"].startswith("dpok_trl."):
-            raise  # our own words
+        if not isinstance(error, TypeError) and innermost.f_globals["__name__"].startswith("dpok_trl."):
+            raise  # our own
         raise ValueError(
             f"{type(pipe).__name__} raised {type(error).__name__}: {error}. Arguments of its call are given with --set NAME=VALUE and "
             "--picture NAME=FILE, or --same-picture NAME=FILE where it takes no list of pictures."
