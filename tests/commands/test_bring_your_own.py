@@ -45,7 +45,7 @@ def tiny_models(monkeypatch):
     def from_pretrained(cls, name, **kwargs):
         if name not in MODELS:
             return original(cls, name, **kwargs)
-        return MODELS[name]().to(kwargs.get("torch_dtype", torch.float32))
+        return MODELS[name]().to(kwargs.get("dtype", kwargs.get("torch_dtype", torch.float32)))
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
 
@@ -98,7 +98,7 @@ def test_the_page_runs_from_top_to_bottom(tiny_models, fresh_accelerate, tmp_pat
 
 def test_the_commands_are_understood():
     lines = [line for block in re.findall(r"^```bash\n(.*?)^```", TEXT, re.S | re.M) for line in block.splitlines()]
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         name, *argv = shlex.split(line)
         assert name == "dpok-trl" and cli.build_parser().parse_args(argv).command == "check"
@@ -126,3 +126,18 @@ def test_the_quoted_refusals_exist():
     for phrase in quoted:
         pattern = r".{0,80}".join(re.escape(part.strip()) for part in phrase.split("..."))
         assert re.search(pattern, plain), phrase
+
+
+def test_the_readme_runs_on_the_embedded_pipeline(tmp_path, monkeypatch, fresh_accelerate):
+    """Its ten lines with the two pieces of code that it gives for a machine without the Hub, for one epoch of two steps."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    line, argument = re.search(r"`(from dpok_trl\.demo import \w+)` and `(sd_pipeline=\w+\(\))`", readme).groups()
+    [code] = [
+        block for block in re.findall(r"^```python\n(.*?)^```", readme, re.S | re.M) if "trainer.train()" in block
+    ]
+    code, replaced = re.subn(r'sd_pipeline="[^"]+"', argument, code)
+    code, shortened = re.subn(r"num_epochs=\d+", "num_epochs=1, sample_num_steps=2", code)
+    assert replaced == shortened == 1
+    monkeypatch.chdir(tmp_path)
+    exec(compile(f"{line}\n{code}", "README.md", "exec"), {"__name__": "readme"})
+    assert (tmp_path / "bright-rabbit" / "model" / "pytorch_lora_weights.safetensors").is_file()
