@@ -208,10 +208,7 @@ def fresh_accelerate(monkeypatch):
 def train_what_was_printed(printed, folder, prompts):
     """Executes the lines that say what to do next, for one epoch."""
     namespace = {"DPOKConfig": DPOKConfig, "prompts": prompts}
-    for line in printed.splitlines():
-        for code in re.findall(r"^(?:Pictures are opened with|Prompts come with their pictures): (.*)", line):
-            namespace.setdefault("code", []).append(code)
-    for code in sorted(namespace.pop("code")):  # "from" before "prompts"
+    for code in re.findall(r"^(?:Pictures are opened with|Prompts come with their pictures): (.*)", printed, re.M):
         exec(code, namespace)
     source, model = re.search(
         r"^Next: DPOKTrainer\((DPOKConfig\(.*\)), reward, prompts, (\".*\")\)\.train\(\)", printed, re.M

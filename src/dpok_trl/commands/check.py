@@ -303,13 +303,13 @@ def verdict(report: PipelineReport, args: argparse.Namespace, call: dict[str, An
     if scheduler_line is not None:
         lines.append(f"With this scheduler: {scheduler_line}")
         model = "pipe"
+    if args.picture or args.same_picture:
+        lines.append("Pictures are opened with: from PIL import Image")
     if args.picture:
         columns = ", ".join(f"{name!r}: {_opened(file)}" for name, file in args.picture)
         lines.append(
             f"Prompts come with their pictures: prompts = [(prompt, {{{columns}}}) for prompt in {args.prompt or PROMPTS}]"
         )
-    if args.picture or args.same_picture:
-        lines.append("Pictures are opened with: from PIL import Image")
     lines.append(f"Next: DPOKTrainer(DPOKConfig({_settings(args, call)}), reward, prompts, {model}).train()")
     return "\n".join(lines)
 
