@@ -127,7 +127,7 @@ def test_a_config_for_each_network():
         text_encoders=True,
         peft_config={
             "unet": LoraConfig(r=5, target_modules=["to_q"]),
-            "text_encoder_2": LoraConfig(r=2, target_modules=["fc1"]),
+            "text_encoder_2": LoraConfig(r=2, target_modules=["q_proj"]),
         },
         rank=3,
     )
@@ -135,7 +135,7 @@ def test_a_config_for_each_network():
         name: {(part.r["default"], path.split(".")[-1]) for path, part in module.named_modules() if hasattr(part, "r")}
         for name, module in policy.networks.items()
     }
-    assert ranks["unet"] == {(5, "to_q")} and ranks["text_encoder_2"] == {(2, "fc1")}
+    assert ranks["unet"] == {(5, "to_q")} and ranks["text_encoder_2"] == {(2, "q_proj")}
     # the one without a config gets the default: attention projections, of the rank given
     assert ranks["text_encoder"] == {(3, target) for target in ("q_proj", "k_proj", "v_proj", "out_proj")}
 

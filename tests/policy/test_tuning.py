@@ -19,7 +19,9 @@ from walks import (
 )
 
 from dpok_trl.policy.errors import ReplayError, UnsupportedPipelineError
+from dpok_trl.policy.lora import default_lora_config, prepare_adapter
 from dpok_trl.policy.policy import Policy
+from dpok_trl.policy.tuning import Tuned, tune
 
 
 # ---------------------------------------------------------------- text encoders
@@ -84,7 +86,12 @@ def test_a_replay_of_one_step_gives_the_encoders_the_gradient_of_that_step():
 
 def test_an_encode_prompt_under_no_grad_is_refused():
     """DeepFloyd IF has one."""
-    policy = policy_of(pipeline("IFPipeline"), text_encoders=True)
+    pipe = pipeline("IFPipeline")
+    tuned = tune(pipe, {"unet": pipe.unet})
+    prepare_adapter(pipe.text_encoder, default_lora_config(pipe.text_encoder, 4))
+    policy = Policy(
+        pipe, Tuned(tuned.denoisers, {"text_encoder": pipe.text_encoder}), call_kwargs=call_arguments(pipe)
+    )
     trajectory = policy.rollout(PROMPTS, SEEDS)
     with torch.no_grad():
         assert torch.equal(log_probs(policy(trajectory)), trajectory.log_probs)
@@ -94,6 +101,14 @@ def test_an_encode_prompt_under_no_grad_is_refused():
     ):
         policy(trajectory)
     assert torch.is_grad_enabled()
+
+
+def test_a_text_encoder_whose_adapter_could_not_be_loaded_again_is_refused():
+    """diffusers writes an adapter of Chroma's T5, and cannot read it."""
+    with pytest.raises(
+        ValueError, match="cannot load an adapter of `text_encoder`, a T5EncoderModel.*train_text_encoder = False"
+    ):
+        policy_of(pipeline("ChromaPipeline"), text_encoders=True)
 
 
 def test_text_encoders_that_a_lora_file_cannot_hold_are_refused():

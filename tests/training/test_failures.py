@@ -345,3 +345,22 @@ def test_a_peft_config_beside_full_fine_tuning(make_trainer):
         ValueError, match="a peft_config was given, and train_use_lora = False trains the denoiser's own"
     ):
         make_trainer(peft_config=LoraConfig(target_modules=["to_k"]), train_use_lora=False)
+
+
+def test_a_pipeline_with_a_state_between_steps_is_found_at_the_start(make_trainer):
+    """Guidance with momentum: a walk over all steps rebuilds it as the rollout did, a step alone does not."""
+    pipe = stable_diffusion()
+    before = []
+
+    def momentum(module, args, kwargs, output):
+        if args[1].max() > 700:  # the first step of four
+            before.clear()
+        blended = output[0] + (0.05 * before[-1] if before else 0)
+        before.append(output[0].detach())
+        return (blended,)
+
+    pipe.unet.register_forward_hook(momentum, with_kwargs=True)
+    with pytest.raises(
+        RatioError, match="the pipeline carries something from step to step: the difference is up to 0.0"
+    ):
+        make_trainer(pipe=pipe).train()

@@ -105,9 +105,11 @@ def prepare_adapter(module: nn.Module, config: LoraConfig | None = None) -> str:
         )
     if name is None:
         refuse_unsuitable(config)
-        refuse_unmatched(config, module)
         name = ADAPTER_NAME
         config = copy.deepcopy(config)  # one of its own for each denoiser
+        if config.target_modules is None:
+            config.target_modules = _attention_projections(module)
+        refuse_unmatched(config, module)
         config.base_model_name_or_path = None
         inject_adapter_in_model(config, module, adapter_name=name)
         # diffusers' own bookkeeping, which its loaders, `disable_adapters` and `save_lora_weights` ask
@@ -174,6 +176,10 @@ def refuse_altered(module: nn.Module, name: str) -> None:
 
 def refuse_unsuitable(config: LoraConfig) -> None:
     """Raises `ValueError` for LoRA settings that would be dropped in silence, or under which adapter-off is not the pretrained model."""
+    if not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"peft_config must be a peft.LoraConfig, given: {type(config).__name__}. Other adapters have no place in a LoRA file."
+        )
     if config.lora_dropout:
         raise ValueError(
             f"lora_dropout = {config.lora_dropout}: a replay with dropout is another draw than its rollout, so the denoiser stays in eval mode and "
@@ -198,16 +204,21 @@ def refuse_unmatched(config: LoraConfig, module: nn.Module) -> None:
     """Raises `ValueError` for targets that no module of the network has: peft drops them in silence as long as another one matches."""
     names = [name for name, _ in module.named_modules() if name]
     targets = config.target_modules
-    if targets is None or targets == "all-linear":
+    if targets == "all-linear":
         return
     if isinstance(targets, str):
-        unmatched = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"target_modules = {targets!r} is not a regular expression ({error}).") from error
+        unmatched = [] if any(pattern.fullmatch(name) for name in names) else [targets]
     else:
         unmatched = [t for t in sorted(targets) if not any(n == t or n.endswith(f".{t}") for n in names)]
     if not unmatched:
         return
     linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
-    endings = sorted({".".join(name.split(".")[-length:]) for name in linear for length in (1, 2)})
+    endings = {".".join(name.split(".")[-length:]) for name in linear for length in (1, 2)}
+    endings = sorted(ending for ending in endings if not ending.isdigit())
     near = [close for t in unmatched for close in difflib.get_close_matches(t, endings, n=3, cutoff=0.4)]
     raise ValueError(
         f"target_modules of the peft_config match nothing in {type(module).__name__}: {', '.join(unmatched)}. The nearest names of its linear layers: "

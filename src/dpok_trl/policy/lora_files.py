@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,6 +26,16 @@ def text_encoders_with_lora(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     """The text encoders whose adapters the family's LoRA file can hold."""
     names = [name for name in pipe.components if name.startswith("text_encoder") and _has_place(pipe, name)]
     return {name: getattr(pipe, name) for name in names if getattr(pipe, name) is not None}
+
+
+def refuse_unloadable(name: str, encoder: nn.Module) -> None:
+    """Raises `ValueError` for a text encoder whose adapter diffusers can write, but not read again: better before training than after."""
+    try:
+        convert_state_dict_to_peft(convert_state_dict_to_diffusers(lora_state_dict(encoder)))
+    except ValueError as error:
+        raise ValueError(
+            f"diffusers cannot load an adapter of `{name}`, a {type(encoder).__name__} ({error}). It can for CLIP text encoders; set train_text_encoder = False."
+        ) from error
 
 
 def save_lora(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module], folder: str | Path) -> None:

@@ -43,6 +43,7 @@ OWN_ARGUMENTS = {
     "prompt": "prompts are given to the rollout",
     "generator": "each sample has a generator of its own; give seeds to the rollout",
     "num_images_per_prompt": "repeat the prompt instead",
+    "num_videos_per_prompt": "repeat the prompt instead",
     "eta": "the noise of the steps is the policy's own `eta`",
     "output_type": "images are always tensors",
     "return_dict": "the output is taken apart by the policy",
@@ -110,6 +111,10 @@ class Policy(nn.Module):
         refuse_scheduler(policy_scheduler(pipe.scheduler))
         if note := scheduler_note(pipe.scheduler):
             logger.warning("%s", note)
+        if fp32_latents and getattr(pipe, "controlnet", None) is not None:
+            raise UnsupportedPipelineError(
+                f"{type(pipe).__name__} hands its latents to a ControlNet too, which would get them in fp32. Set sample_fp32_latents = False."
+            )
         if blackens_images(pipe):
             logger.warning(
                 "the safety checker of %s is off while the policy samples: an image that it blackens would be rewarded as the policy's own",
@@ -349,8 +354,10 @@ class Policy(nn.Module):
 
     def _scheduler_identity(self) -> str:
         scheduler = self.pipe.scheduler
-        settings = ", ".join(f"{key}={value}" for key, value in scheduler.config.items() if not key.startswith("_"))
-        return f"{type(scheduler).__name__}({settings})"
+        settings = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+        # what setters such as `set_shift` write; counters of the walk are integers
+        settings.update({key: value for key, value in vars(scheduler).items() if isinstance(value, float)})
+        return f"{type(scheduler).__name__}({', '.join(f'{key}={value}' for key, value in settings.items())})"
 
     def _choose_steps(
         self, scheduler: Any, begin: int, window: Collection[int] | Callable[[int], Collection[int]] | None
@@ -362,7 +369,12 @@ class Policy(nn.Module):
         if not possible:
             raise ValueError(
                 f"no step is an action: the largest standard deviation of the {len(stds)} steps is {max(stds):.4g}, and only steps above min_std = "
-                f"{self.min_std} count. Lower it, or raise eta (given: {self.eta})."
+                f"{self.min_std} count. "
+                + (
+                    f"Lower it, or raise eta (given: {self.eta})."
+                    if max(stds) > 0
+                    else "Take more steps (or, from a picture, a larger strength): the last one ends without noise."
+                )
             )
         if window is None:
             inside = set(range(len(grid)))

@@ -91,7 +91,7 @@ class Recorder:
         self._timesteps: list[Any] = []
         self._generator_states: list[list[torch.Tensor]] = []
         self._draws_between_steps = False
-        self._returned: tuple[torch.Tensor, int] | None = (
+        self._returned: tuple[torch.Tensor, int | None] | None = (
             None  # the last returned latents, and how often they were written to
         )
 
@@ -143,7 +143,7 @@ class Recorder:
         advance(scheduler, self.recording.begin + index)
         if self.casts is not None:
             next_sample = self.casts.latents(index, index == len(self.recording.grid) - 1, sample, next_sample)
-        self._returned = (next_sample, next_sample._version)
+        self._returned = (next_sample, _version(next_sample))
         self._generator_states.append(self._states_of_generators())
         return next_sample, x0
 
@@ -173,7 +173,7 @@ class Recorder:
             return sample.clone()
         action = self.next_latents[-1]
         returned, version = self._returned
-        unchanged = sample is returned and sample._version == version
+        unchanged = sample is returned and _version(sample) == version
         return action if unchanged or torch.equal(sample, action) else sample.clone()
 
     def finish(self) -> None:
@@ -194,6 +194,11 @@ class Recorder:
                 f"the pipeline gives `scheduler.step` the timesteps {_shortened(visited)}, and those of its scheduler are {_shortened(grid)}. A policy needs "
                 "the steps of the scheduler, each once and in order."
             )
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was written to, which torch does not count in inference mode."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:

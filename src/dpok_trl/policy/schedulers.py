@@ -91,6 +91,8 @@ def scheduler_note(scheduler: diffusers.SchedulerMixin) -> str | None:
         notes.append(f"order {order} (solver_order) uses the model outputs of earlier steps too and is forced to 1")
     if _is_a(scheduler, "UniPCMultistepScheduler"):
         notes.append("its corrector, which looks back at the step before, is left out")
+    if config.get("algorithm_type") in ("dpmsolver", "sde-dpmsolver") and "algorithm_type" in own:
+        notes.append(f'algorithm_type="{config.algorithm_type}" is walked as DPM-Solver++ is, in the prediction of x0')
     variance = config.get("variance_type")
     if variance in _LARGE_VARIANCES:
         notes.append(f'variance_type="{variance}" becomes the variance of the posterior ("fixed_small")')

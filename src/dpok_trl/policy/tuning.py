@@ -22,7 +22,13 @@ from dpok_trl.policy.lora import (
     prepare_adapter,
     refuse_adapter,
 )
-from dpok_trl.policy.lora_files import load_lora, loading_code, save_lora, text_encoders_with_lora
+from dpok_trl.policy.lora_files import (
+    load_lora,
+    loading_code,
+    refuse_unloadable,
+    save_lora,
+    text_encoders_with_lora,
+)
 
 
 @dataclass
@@ -164,6 +170,8 @@ def tune(
                         "to go on training the loaded adapter, or call `pipe.unload_lora_weights()` first to start afresh."
                     )
         prepare_adapter(module, config)
+        if name in encoders:
+            refuse_unloadable(name, module)
     return Tuned(denoisers, encoders)
 
 

@@ -51,7 +51,11 @@ def check_ratio(
         [`RatioError`]
     """
     rollout = batch.trajectory.log_probs[list(batch.samples)]
-    replay = replayed_log_probs(policy, batch, verify=True)
+    replay = replayed_log_probs(policy, batch, verify=True, apart=True)
+    between = largest((replayed_log_probs(policy, batch) - replay).abs())
+    if not between <= clip_range / 10:
+        what = "a step replayed alone gives other log-probabilities than in a walk with the steps before it: the pipeline carries something from step to step"
+        raise RatioError(_causes(what, between, clip_range / 10))
     deviation = largest((replay - rollout).abs())
     dimensions = batch.trajectory.latents[0][0].numel() if reduction == "sum" else 1
     if not deviation <= LARGEST_ROUNDING * dimensions:
@@ -99,12 +103,17 @@ def anchor(policy: Policy, batches: list[TrainingBatch], with_grad: bool) -> Non
 
 
 def replayed_log_probs(
-    policy: Policy, batch: TrainingBatch, verify: bool = False, with_grad: bool = False
+    policy: Policy, batch: TrainingBatch, verify: bool = False, with_grad: bool = False, apart: bool = False
 ) -> torch.Tensor:
-    """Log-probabilities `(n, steps)` of a training batch at all its stochastic steps, under the policy as it is now, without their graph."""
+    """Log-probabilities `(n, steps)` of a training batch at all its stochastic steps, under the policy as it is now, without their graph.
+
+    Args:
+        apart (`bool`): Each step in a replay of its own, as in an update.
+    """
     columns = []
     # one step at a time with gradients, whose graph is then freed
-    groups = [[step] for step in batch.trajectory.steps] if with_grad else [list(batch.trajectory.steps)]
+    one_by_one = with_grad or apart
+    groups = [[step] for step in batch.trajectory.steps] if one_by_one else [list(batch.trajectory.steps)]
     for steps in groups:
         with torch.set_grad_enabled(with_grad):
             replayed = policy(batch.trajectory, batch.samples, steps, verify)

@@ -55,6 +55,8 @@ def make_accelerator(config: DPOKConfig) -> Accelerator:
             f"{accelerator.distributed_type} is not supported yet: a policy samples through the whole denoiser, which it would have in parts. Launch "
             "with plain data parallelism (DDP)."
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        logger.warning("mixed_precision = 'fp16' does nothing on a CPU; use 'bf16' or 'no'")
     if config.log_with not in (None, "all") and not accelerator.log_with:
         raise ImportError(f"log_with = '{config.log_with}', but it is not installed: `pip install {config.log_with}`.")
     launched = int(os.environ.get("WORLD_SIZE", 1))
