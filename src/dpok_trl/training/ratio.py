@@ -110,15 +110,16 @@ def replayed_log_probs(
     Args:
         apart (`bool`): Each step in a replay of its own, as in an update.
     """
-    columns = []
-    # one step at a time with gradients, whose graph is then freed
-    one_by_one = with_grad or apart
-    groups = [[step] for step in batch.trajectory.steps] if one_by_one else [list(batch.trajectory.steps)]
-    for steps in groups:
+    steps = batch.trajectory.steps
+    # One step at a time with gradients, whose graph is then freed. Apart, from the last to the first: in the other order a state that goes from step to
+    # step would be built up as in the rollout.
+    groups = [[step] for step in reversed(steps)] if with_grad or apart else [list(steps)]
+    columns = {}
+    for group in groups:
         with torch.set_grad_enabled(with_grad):
-            replayed = policy(batch.trajectory, batch.samples, steps, verify)
-        columns += [step.log_prob.detach() for step in replayed]
-    return torch.stack(columns, dim=1)
+            replayed = policy(batch.trajectory, batch.samples, group, verify)
+        columns.update({step: one.log_prob.detach() for step, one in zip(group, replayed, strict=True)})
+    return torch.stack([columns[step] for step in steps], dim=1)
 
 
 def _causes(what: str, deviation: float, allowed: float) -> str:
