@@ -190,9 +190,32 @@ def test_what_the_contract_refuses_is_reported(reward, words):
     assert words in only_problem(reward)
 
 
-def test_a_server_that_is_not_there_is_reported():
+def test_a_server_that_is_not_there_is_reported_and_asked_once(caplog):
     problem = only_problem(RemoteReward("http://127.0.0.1:9", retries=0))
-    assert problem.startswith("the reward server http://127.0.0.1:9 gave no usable answer in 1 attempt.")
+    assert problem.startswith("6 of 6 rewards are not finite (6 NaN, 0 infinite).")
+    assert problem.endswith("Where a server failed, the log says why.")
+    [record] = caplog.records
+    assert "the reward server http://127.0.0.1:9 gave no usable answer in 1 attempt." in record.getMessage()
+
+
+def test_what_was_returned_is_told_as_it_is_read():
+    class Output:
+        def __init__(self, **values):
+            vars(self).update(values)
+
+    def returned(make):
+        return check_reward(lambda images, prompts: make([float(i.getpixel((30, 30))[0]) for i in images])).returned
+
+    assert returned(lambda values: (values, {"a": 1})) == "list of 6: float, and info (dict)"
+    assert returned(lambda values: (values, ["words"])) == "list of 6: float, and info (list)"
+    assert returned(lambda values: Output(rewards=values)) == "an object of type Output with rewards: list of 6: float"
+    assert (
+        returned(lambda values: (Output(logits=torch.tensor(values)[:, None]), None))
+        == "an object of type Output with logits: tensor of shape (6, 1), float32, on cpu, and info (NoneType)"
+    )
+    # two columns of numbers are rewards and no pair
+    pair = check_reward(lambda images, prompts: ([1.0], [2.0]), IMAGES[:2], ["a", "b"])
+    assert pair.returned == "tuple of 2: list"
 
 
 def test_equal_rewards_are_a_note():

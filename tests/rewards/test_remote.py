@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import math
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,7 @@ from PIL import Image
 
 from dpok_trl.rewards.base import RewardError
 from dpok_trl.rewards.client import Client, RequestFailed, urllib_transport
+from dpok_trl.rewards.pictures import to_pictures, to_tensor
 from dpok_trl.rewards.protocol import (
     MAX_PIXELS,
     ProtocolError,
@@ -26,8 +28,6 @@ from dpok_trl.rewards.protocol import (
     encode_picture,
     encode_request,
     join_infos,
-    to_pictures,
-    to_tensor,
 )
 from dpok_trl.rewards.remote import RemoteReward
 
@@ -192,32 +192,42 @@ def test_the_waits_double():
 
 
 @pytest.mark.parametrize("status", [307, 400, 401, 404, 413])
-def test_a_refused_request_is_not_repeated(status):
+def test_a_refused_request_is_not_repeated(status, caplog):
     with serving(lambda request: (status, b'{"error": "no such thing"}')) as (url, requests):
-        with pytest.raises(
-            RequestFailed, match=f"{url} refused the request \\(attempt 1\\): status {status}, .*no such thing"
-        ):
-            fast(url)(pictures(1), ["a"])
+        assert math.isnan(fast(url)(pictures(1), ["a"])[0])
         assert len(requests) == 1
+    assert re.search(f"{url} refused the request \\(attempt 1\\): status {status}, .*no such thing", caplog.text)
 
 
-def test_all_failed_names_address_attempts_and_the_last_error():
+def test_all_failed_is_nan_and_one_warning_names_address_attempts_and_the_last_error(caplog):
     with serving(lambda request: (503, b"overloaded")) as (url, requests):
-        with pytest.raises(
-            RewardError, match=f"{url} gave no usable answer in 3 attempts. The last error: status 503, 'overloaded'"
-        ):
-            fast(url, retries=2)(pictures(2), ["a", "b"])
-        assert len(requests) == 3
+        rewards = fast(url, retries=2, batch_size=1)(pictures(2), ["a", "b"])
+        assert len(rewards) == 2 and all(math.isnan(reward) for reward in rewards)
+        assert len(requests) == 6
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
+        f"2 of 2 requests failed. The last: the reward server {url} gave no usable answer in 3 attempts. "
+        "The last error: status 503, 'overloaded'."
+    )
 
 
-def test_nobody_listens():
+def test_the_client_itself_raises_where_all_failed():
+    client = Client(
+        "http://x", timeout=1, retries=0, backoff=0, concurrency=2, headers=None, transport=lambda *_: (404, b"no")
+    )
+    with pytest.raises(RequestFailed, match=r"http://x refused the request \(attempt 1\): status 404, 'no'"):
+        client.post_all([b"1", b"2"])
+
+
+def test_nobody_listens(caplog):
     with serving(lengths) as (url, _):
         pass
-    with pytest.raises(RewardError, match=r"in 2 attempts. The last error: ConnectionRefusedError"):
-        fast(url, retries=1)(pictures(1), ["a"])
+    assert math.isnan(fast(url, retries=1)(pictures(1), ["a"])[0])
+    assert "in 2 attempts. The last error: ConnectionRefusedError" in caplog.text
 
 
-def test_a_hanging_server_is_given_up():
+def test_a_hanging_server_is_given_up(caplog):
     release = threading.Event()
 
     def hang(request):
@@ -226,8 +236,8 @@ def test_a_hanging_server_is_given_up():
 
     with serving(hang) as (url, _):
         started = time.monotonic()
-        with pytest.raises(RewardError, match="in 2 attempts. The last error: no answer within 0.3 s"):
-            fast(url, timeout=0.3, retries=1)(pictures(1), ["a"])
+        assert math.isnan(fast(url, timeout=0.3, retries=1)(pictures(1), ["a"])[0])
+        assert "in 2 attempts. The last error: no answer within 0.3 s" in caplog.text
         assert time.monotonic() - started < 5
         release.set()
 
@@ -309,6 +319,41 @@ def test_an_exception_of_our_own_stops_the_repeats():
         client.post_all([b"broken", b"waits"])
     assert time.monotonic() - started < 5
     assert attempts.count(b"waits") <= 1
+
+
+def test_an_exception_waits_neither_for_repeats_nor_for_what_is_under_way():
+    begun, release, bodies = threading.Event(), threading.Event(), []
+
+    def transport(url, body, headers, timeout):
+        bodies.append(body)
+        if body == b"hangs":
+            begun.set()
+            release.wait(10)
+            return 200, b"{}"
+        begun.wait(10)
+        raise ZeroDivisionError
+
+    client = Client("http://x", timeout=1, retries=3, backoff=30, concurrency=2, headers=None, transport=transport)
+    started = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        client.post_all([b"hangs", b"broken", *[b"later"] * 20])
+    assert time.monotonic() - started < 5
+    release.set()
+    assert bodies.count(b"later") < 20  # what was not begun is not
+
+
+def test_a_message_counts_the_attempts_that_were_made():
+    """Stopped before the first repeat."""
+
+    def transport(url, body, headers, timeout):
+        raise ConnectionError("away")
+
+    client = Client("http://x", timeout=1, retries=3, backoff=30, concurrency=1, headers=None, transport=transport)
+    stopped = threading.Event()
+    stopped.set()
+    assert "no usable answer in 1 attempt. The last error: ConnectionError: away" in str(
+        client._post(b"", {}, stopped)
+    )
 
 
 # --- misuse -----------------------------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 from dpok_trl.commands import serve_reward
-from dpok_trl.rewards.base import RewardError, score_batch
+from dpok_trl.rewards.base import score_batch
 from dpok_trl.rewards.binding import BoundReward, RewardInputs
 from dpok_trl.rewards.combining import RewardSet
+from dpok_trl.rewards.diversity import PairwiseDiversity
 from dpok_trl.rewards.info import RewardInfo
 from dpok_trl.rewards.protocol import encode_request
 from dpok_trl.rewards.remote import RemoteReward
@@ -185,7 +186,7 @@ def test_an_error_of_the_reward_is_a_sentence_and_the_server_stays(prompt, words
     with serving(broken) as url:
         for _ in range(2):
             status, answer = post(url, body)
-            assert (status, list(answer)) == (500, ["error"]) and words in answer["error"]
+            assert (status, list(answer)) == (422, ["error"]) and words in answer["error"]
 
 
 @pytest.mark.parametrize(
@@ -208,17 +209,39 @@ def test_pictures_of_two_sizes_are_400():
         status, answer = post(url, encode_request(different, ["a"] * 2, [{}] * 2))
     assert (status, answer) == (
         400,
-        {"error": 'the "images" of a request must be of one size; there are (4, 4) and (4, 5)'},
+        {
+            "error": 'the "images" of the request: pictures that are scored in one call must be of one size; there are 4 x 4 and 4 x 5.'
+        },
     )
 
 
-def test_a_request_too_large_is_413_and_read_to_its_end():
+def test_a_reward_that_raises_is_not_asked_again(caplog):
+    calls = []
+
+    def fails(images, prompts):
+        calls.append(prompts)
+        raise ZeroDivisionError("division by zero")
+
+    with serving(fails) as url:
+        assert math.isnan(remote(url, retries=3, backoff=0.001)(pictures(1), ["a"])[0])
+    assert len(calls) == 1
+    assert "refused the request (attempt 1): status 422" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+def test_a_reward_of_groups_cannot_be_served():
+    with pytest.raises(
+        ValueError, match="diversity cannot be served: it is a reward of all images of a prompt together"
+    ):
+        reward_scorer(PairwiseDiversity())
+
+
+def test_a_request_too_large_is_413_and_read_to_its_end(caplog):
     large = b"x" * 3_000_000  # more than the buffers of a connection hold: unread, it would break
     with serving(ddpo, max_bytes=1000) as url:
         status, answer = post(url, large)
         assert (status, answer["error"]) == (413, "the request has 3000000 bytes, more than 1000: send fewer pictures")
-        with pytest.raises(RewardError, match=r"refused the request \(attempt 1\): status 413"):
-            remote(url, retries=3)([Image.effect_noise((99, 99), 50)], ["a"])
+        assert math.isnan(remote(url, retries=3)([Image.effect_noise((99, 99), 50)], ["a"])[0])
+        assert "refused the request (attempt 1): status 413" in caplog.text
 
 
 def test_other_paths_and_requests_without_a_length():

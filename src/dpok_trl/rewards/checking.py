@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dpok_trl.rewards.base import RewardError, RewardFunction, Scored, score_batch
+from dpok_trl.rewards.base import RewardError, RewardFunction, Scored, _is_numeric, score_batch
 from dpok_trl.rewards.binding import BoundReward, RewardInputs, reward_name
-from dpok_trl.rewards.protocol import to_tensor
+from dpok_trl.rewards.pictures import to_tensor
 from dpok_trl.rewards.registry import load_reward
 
 
@@ -138,6 +138,11 @@ class _Check:
         first, first_seconds = self._timed()
         returned = _describe_returned(self.bound.returned)
         self._judge_values(first)
+        pairs = zip(first.values.tolist(), first.applies.tolist(), strict=True)
+        values = [value if applies else None for value, applies in pairs]
+        if first.applies.any() and not _finite(first):  # a server that is away is not asked nine times
+            call = _describe_call(self.bound, self.inputs)
+            return RewardReport(self.bound.name, self.problems, self.notes, call, returned, values)
         second, seconds = self._timed()
         tolerance = TOLERANCE * max((abs(value) for value in _finite(first)), default=0.0)
         repeat, order, batch = _difference(first, second), None, None
@@ -148,14 +153,13 @@ class _Check:
         else:
             order = self._in_another_order(first, tolerance)
             batch = None if self.bound.wants_groups else self._one_at_a_time(first, tolerance)
-        pairs = zip(first.values.tolist(), first.applies.tolist(), strict=True)
         return RewardReport(
             self.bound.name,
             self.problems,
             self.notes,
             _describe_call(self.bound, self.inputs),
             returned,
-            [value if applies else None for value, applies in pairs],
+            values,
             repeat,
             order,
             batch,
@@ -189,7 +193,7 @@ class _Check:
         if bad:
             self.problems.append(
                 f"{bad} of {len(values)} rewards are not finite ({int(values.isnan().sum())} NaN, {int(values.isinf().sum())} infinite). The trainer leaves such "
-                "images out, or stops (reward_on_error); where a reward does not apply, return None."
+                "images out, or stops (reward_on_error); where a reward does not apply, return None. Where a server failed, the log says why."
             )
         finite = _finite(scored)
         if len(finite) > 1 and max(finite) == min(finite):
@@ -325,8 +329,12 @@ def _describe_call(bound: BoundReward, inputs: RewardInputs) -> str:
 
 
 def _describe_returned(value: Any) -> str:
-    if isinstance(value, tuple) and len(value) == 2 and not isinstance(value[1], (int, float, Tensor, np.ndarray)):
+    """In the order in which `score_batch` reads it."""
+    if isinstance(value, tuple) and len(value) == 2 and not _is_numeric(value[1]):
         return f"{_describe_returned(value[0])}, and info ({type(value[1]).__name__})"
+    for attribute in ("rewards", "logits"):
+        if hasattr(value, attribute):
+            return f"an object of type {type(value).__name__} with {attribute}: {_describe_returned(getattr(value, attribute))}"
     if isinstance(value, Tensor):
         return f"tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, on {value.device}"
     if isinstance(value, np.ndarray):

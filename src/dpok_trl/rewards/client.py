@@ -9,7 +9,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from dpok_trl.rewards.base import RewardError
 from dpok_trl.rewards.protocol import excerpt
@@ -98,14 +98,17 @@ class Client:
             [`RequestFailed`]: If all of them failed, and there is at least one.
         """
         stopped = threading.Event()
-        with ThreadPoolExecutor(max(1, min(self.concurrency, len(bodies))), "reward-request") as pool:
+        pool = ThreadPoolExecutor(max(1, min(self.concurrency, len(bodies))), "reward-request")
+        try:
             futures = [pool.submit(self._post, body, {**self.headers, **(headers or {})}, stopped) for body in bodies]
-            try:
-                results = [self._result_or_failure(future.result) for future in futures]
-            except BaseException:  # Ctrl-C: begin nothing more; what is under way ends with its timeout
-                stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            # Not one after another: an error of the last would wait for the repeats of the first.
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()  # raises what one of them raised
+            results = [future.result() for future in futures]
+        finally:  # with an error, or Ctrl-C, nothing more begins and nobody waits for what is under way: it ends with its timeout
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
         failures = [result for result in results if isinstance(result, RequestFailed)]
         if failures and len(failures) == len(results):
             raise failures[-1]
@@ -113,16 +116,9 @@ class Client:
             logger.warning("%d of %d requests failed. The last: %s", len(failures), len(results), failures[-1])
         return [None if isinstance(result, RequestFailed) else result for result in results]
 
-    @staticmethod
-    def _result_or_failure(result: Callable[[], bytes]) -> bytes | RequestFailed:
-        try:
-            return result()
-        except RequestFailed as failure:
-            return failure
-
-    def _post(self, body: bytes, headers: Mapping[str, str], stopped: threading.Event) -> bytes:
-        attempts = len(self.waits) + 1
-        for attempt, wait in enumerate([*self.waits, None], start=1):
+    def _post(self, body: bytes, headers: Mapping[str, str], stopped: threading.Event) -> bytes | RequestFailed:
+        """The answer, or what was tried for it."""
+        for attempt, pause in enumerate([*self.waits, None], start=1):
             try:
                 status, answer = self.transport(self.url, body, headers, self.timeout)
             except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
@@ -132,13 +128,13 @@ class Client:
                     return answer
                 problem = f"status {status}, {excerpt(answer, 300)}"
                 if status != TOO_MANY_REQUESTS and status < SERVER_ERROR:
-                    raise RequestFailed(
+                    return RequestFailed(
                         f"the reward server {self.url} refused the request (attempt {attempt}): {problem}."
                     )
-            if wait is None or stopped.wait(wait):
+            if pause is None or stopped.wait(pause):
                 break
-        raise RequestFailed(
-            f"the reward server {self.url} gave no usable answer in {attempts} {'attempt' if attempts == 1 else 'attempts'}. "
+        return RequestFailed(
+            f"the reward server {self.url} gave no usable answer in {attempt} {'attempt' if attempt == 1 else 'attempts'}. "
             f"The last error: {problem}."
         )
 

@@ -1,4 +1,4 @@
-"""From PIL pictures to what a scorer's network was trained on, in Pillow and torch alone.
+"""Pictures as tensors and back, and from PIL pictures to what a scorer's network was trained on, in Pillow and torch alone.
 
 The recipes are written out because they differ (order of resizing and conversion, rounding of the crop, the side that is resized),
 because a scorer's numbers mean nothing under another recipe, and because an image processor that is chosen automatically gives other
@@ -18,6 +18,43 @@ from torch.nn import functional
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def to_pictures(images: Sequence[Image.Image] | Tensor) -> list[Image.Image]:
+    """
+    Pictures as they are, and tensors of them as pictures of 8 bits, rounded as diffusers does.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]` or `torch.Tensor` of shape `(B, 3, H, W)`): a tensor has values in [0, 1].
+
+    Raises:
+        `ValueError`: For anything else, videos among it.
+    """
+    if not isinstance(images, Tensor):
+        pictures = list(images)
+        for position, picture in enumerate(pictures):
+            if not isinstance(picture, Image.Image):
+                raise ValueError(f"image {position} must be a PIL picture, it is a {type(picture).__name__}.")
+        return pictures
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be of shape (B, 3, H, W); got {tuple(images.shape)}.")
+    scaled = images.detach().to("cpu", torch.float32).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255
+    return [Image.fromarray(pixels) for pixels in np.round(scaled).astype(np.uint8)]
+
+
+def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
+    """`torch.Tensor` of shape `(B, 3, H, W)`, values in [0, 1].
+
+    Raises:
+        `ValueError`: If the pictures differ in size.
+    """
+    sizes = sorted({picture.size for picture in pictures})
+    if len(sizes) > 1:
+        (width, height), (other_width, other_height) = sizes[:2]
+        raise ValueError(
+            f"pictures that are scored in one call must be of one size; there are {width} x {height} and {other_width} x {other_height}."
+        )
+    return torch.stack([_to_tensor(picture.convert("RGB")) for picture in pictures])
 
 
 def openai_clip_pixels(images: Sequence[Image.Image], size: int) -> Tensor:

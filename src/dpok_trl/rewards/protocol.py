@@ -19,9 +19,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from dpok_trl.rewards.pictures import to_pictures as to_pictures  # they are imported from here, too
+from dpok_trl.rewards.pictures import to_tensor as to_tensor
 
 
 PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}  # what PNG keeps without a change
@@ -35,41 +37,6 @@ class ProtocolError(ValueError):
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def to_pictures(images: Sequence[Image.Image] | Tensor) -> list[Image.Image]:
-    """
-    Pictures as they are, and tensors of them as pictures of 8 bits, rounded as diffusers does.
-
-    Args:
-        images (`Sequence[PIL.Image.Image]` or `torch.Tensor` of shape `(B, 3, H, W)`): a tensor has values in [0, 1].
-
-    Raises:
-        `ValueError`: For anything else, videos among it.
-    """
-    if not isinstance(images, Tensor):
-        pictures = list(images)
-        for position, picture in enumerate(pictures):
-            if not isinstance(picture, Image.Image):
-                raise ValueError(f"image {position} must be a PIL picture, it is a {type(picture).__name__}.")
-        return pictures
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be of shape (B, 3, H, W); got {tuple(images.shape)}.")
-    scaled = images.detach().to("cpu", torch.float32).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255
-    return [Image.fromarray(pixels) for pixels in np.round(scaled).astype(np.uint8)]
-
-
-def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
-    """`torch.Tensor` of shape `(B, 3, H, W)`, values in [0, 1].
-
-    Raises:
-        [`ProtocolError`]: If the pictures differ in size.
-    """
-    sizes = sorted({picture.size for picture in pictures})
-    if len(sizes) > 1:
-        raise ProtocolError(f'the "images" of a request must be of one size; there are {sizes[0]} and {sizes[1]}')
-    arrays = [np.asarray(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
 def encode_picture(picture: Image.Image) -> str:

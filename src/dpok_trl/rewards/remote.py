@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from dpok_trl.rewards.base import RewardError
-from dpok_trl.rewards.client import Client, Transport
+from dpok_trl.rewards.client import Client, RequestFailed, Transport
 from dpok_trl.rewards.info import RewardInfo
-from dpok_trl.rewards.protocol import ProtocolError, decode_answer, encode_request, join_infos, to_pictures
+from dpok_trl.rewards.pictures import to_pictures
+from dpok_trl.rewards.protocol import ProtocolError, decode_answer, encode_request, join_infos
+
+
+logger = logging.getLogger(__name__)
 
 
 class RemoteReward:
@@ -82,11 +87,11 @@ class RemoteReward:
             metadata (`Sequence` of length B, *optional*): what JSON can say, tensors and arrays included.
 
         Returns:
-            The rewards, `None` where the server says that it does not apply, NaN for the pictures of a request that failed; and what the server
+            The rewards, `None` where the server says that it does not apply, NaN for the pictures of a request that failed, of which the log says why; and what the server
             gave as info, where it gave any.
 
         Raises:
-            [`RewardError`]: If no request was answered, or an answer is not what it must be.
+            [`RewardError`]: If an answer is not what it must be.
             `ValueError`: If pictures, prompts and metadata differ in number, or cannot be sent.
         """
         pictures = to_pictures(images)
@@ -106,13 +111,21 @@ class RemoteReward:
         rewards: list[float | None] = []
         infos: list[Any] = []
         sizes = [len(pictures[part]) for part in parts]
-        for answer, size in zip(self.client.post_all(bodies), sizes, strict=True):
+        for answer, size in zip(self._answers(bodies), sizes, strict=True):
             values, info = self._read(answer, size)
             rewards.extend(values)
             infos.append(info)
         if all(info is None or info == {} for info in infos):
             return rewards
         return rewards, join_infos(infos, sizes)
+
+    def _answers(self, bodies: Sequence[bytes]) -> list[bytes | None]:
+        """`None` for a request that failed. A server may be away for one batch: whether a run goes on without it is not decided here."""
+        try:
+            return self.client.post_all(bodies)
+        except RequestFailed as failure:
+            logger.warning("%d of %d requests failed. The last: %s", len(bodies), len(bodies), failure)
+            return [None] * len(bodies)
 
     def _read(self, answer: bytes | None, size: int) -> tuple[list[float | None], Any]:
         if answer is None:

@@ -15,7 +15,8 @@ from PIL import Image
 from dpok_trl.rewards.base import RewardError, RewardFunction, reward_name, score_batch
 from dpok_trl.rewards.binding import BoundReward, RewardInputs
 from dpok_trl.rewards.info import RewardInfo
-from dpok_trl.rewards.protocol import ProtocolError, decode_request, encode_answer, join_infos, plain_info, to_tensor
+from dpok_trl.rewards.pictures import to_tensor
+from dpok_trl.rewards.protocol import ProtocolError, decode_request, encode_answer, join_infos, plain_info
 
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ Scorer = Callable[[list[Image.Image], list[str], list[Any]], tuple[Sequence[floa
 
 DEFAULT_MAX_BYTES = 256 * 2**20
 DISCARD_BYTES = 2**20
+UNPROCESSABLE = 422  # the reward raised: no 5xx, which is asked again, since it would only raise again
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -111,7 +113,7 @@ class RewardHandler(BaseHTTPRequestHandler):
             return self._fail(400, str(error))
         except RewardError as error:
             logger.error("%s", error, exc_info=error.__cause__)
-            return self._fail(500, str(error))
+            return self._fail(UNPROCESSABLE, str(error))
         self._send(200, answer)
 
     def _discard(self, length: int) -> None:
@@ -138,11 +140,25 @@ class RewardHandler(BaseHTTPRequestHandler):
 
 
 def reward_scorer(reward: RewardFunction) -> Scorer:
-    """A reward with the contract of `docs/rewards.md`, of pictures as they arrive."""
+    """A reward with the contract of `docs/rewards.md`, of pictures as they arrive.
+
+    Raises:
+        `ValueError`: For one that needs all images of a prompt together.
+        `TypeError`: As [`~dpok_trl.rewards.binding.BoundReward`].
+    """
     bound = BoundReward(reward)
+    if bound.wants_groups:
+        raise ValueError(
+            f"{bound.name} cannot be served: it is a reward of all images of a prompt together (wants_groups), and a request holds some of a batch only, "
+            "so its numbers would be others. Use it in the process of the run."
+        )
 
     def scorer(pictures: list[Image.Image], prompts: list[str], metadata: list[Any]) -> tuple[list[float | None], Any]:
-        scored = score_batch(bound, RewardInputs(to_tensor(pictures), tuple(prompts), tuple(metadata)))
+        try:
+            images = to_tensor(pictures)
+        except ValueError as error:
+            raise ProtocolError(f'the "images" of the request: {error}') from error
+        scored = score_batch(bound, RewardInputs(images, tuple(prompts), tuple(metadata)))
         pairs = zip(scored.values.tolist(), scored.applies.tolist(), strict=True)
         return [value if applies else None for value, applies in pairs], scored.info
 
