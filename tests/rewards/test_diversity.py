@@ -103,6 +103,13 @@ def test_features_of_another_shape(shape):
         score_batch(BoundReward(PairwiseDiversity(lambda images: torch.zeros(shape))), batch)
 
 
+def test_only_a_clip_model_can_be_moved():
+    assert PairwiseDiversity("some/clip").device is None
+    assert PairwiseDiversity("some/clip").to("meta").device == torch.device("meta")
+    for reward in (PairwiseDiversity(), PairwiseDiversity(lambda images: torch.zeros(2, 2))):
+        assert not hasattr(reward, "to") and not RewardSet(reward).have_networks
+
+
 def test_wrong_arguments():
     with pytest.raises(TypeError, match="features must be a function of pictures, or the Hub id or folder"):
         PairwiseDiversity(3)
@@ -121,7 +128,8 @@ def test_a_clip_model_by_its_folder(tmp_path):
     distances = (2 - 2 * vectors.double() @ vectors.double().T).clamp(min=0).sqrt()
     distances.fill_diagonal_(0)
     torch.testing.assert_close(scores, distances.sum(1).float() / 3, rtol=0, atol=1e-4)
-    assert reward.to("cpu") is reward
+    assert reward.to("cpu") is reward and reward.device == torch.device("cpu")
+    assert RewardSet(reward).have_networks
     again = PairwiseDiversity(tmp_path)
     diversity(pictures, again)
     assert again._clip is reward._clip  # loaded once

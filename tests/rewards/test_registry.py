@@ -86,6 +86,28 @@ def test_an_unknown_name(name, meant):
     assert all(shipped in str(error.value) for shipped in SHIPPED) and "'module:function'" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("address", "meant"),
+    [("localhost:8000", "http://localhost:8000"), ("127.0.0.1:8000/score", "http://127.0.0.1:8000/score"),
+     ("http:/localhost:8000", "http://localhost:8000"), ("https:example.org", "https://example.org"),
+     ("HTTP://localhost:8000", "http://localhost:8000")],
+)  # fmt: skip
+def test_half_an_address(address, meant):
+    with pytest.raises(ValueError) as error:
+        load_reward(address)
+    assert str(error.value) == (
+        f"'{address}' is no address: that of a server begins with http:// or https://, as in '{meant}'."
+    )
+
+
+@pytest.mark.parametrize(("name", "meant"), [("my_rewards.pil", "my_rewards:pil"), ("a.b.c", "a.b:c")])
+def test_a_dot_for_a_colon(name, meant):
+    with pytest.raises(ValueError, match=f"named '{name}'. For a function of yours write '{meant}', with a colon."):
+        load_reward(name)
+    with pytest.raises(ValueError, match="named 'hpsv2.2'. Did you mean 'hpsv2.1'?"):
+        load_reward("hpsv2.2")
+
+
 def test_an_unknown_name_like_no_other():
     with pytest.raises(ValueError, match="there is no reward named 'xyz'. There are: "):
         load_reward("xyz")

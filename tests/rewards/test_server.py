@@ -310,5 +310,11 @@ def test_wrong_arguments(module, capsys):
         with pytest.raises(SystemExit):
             arguments("my_rewards:length", *argv)
         assert "is not at least 1" in capsys.readouterr().err
+    for port in ("-1", "65536"):
+        with pytest.raises(SystemExit):
+            arguments("my_rewards:length", f"--port={port}")
+        assert f"{port} is not between 0 and 65535" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="diversity cannot be served"):
+        serve_reward.make_server(arguments("diversity"))
     with pytest.raises(ValueError, match="my_rewards"):
         serve_reward.make_server(arguments("my_rewards:lenght"))

@@ -2,6 +2,9 @@
 
 import gc
 import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -230,6 +233,30 @@ def test_device():
     assert unloaded._model is None
     unloaded(PICTURES, ["p"] * 5)
     assert unloaded.device_of_the_model == "meta"
+
+
+def test_the_device_is_open_until_somebody_decides():
+    called, moved, given = Area("x"), Area("x"), Area("x", device="meta")
+    assert called.device is None and moved.device is None and given.device == torch.device("meta")
+    called(PICTURES, ["p"] * 5)
+    assert called.device == torch.device("cpu") and called.device_of_the_model == "cpu"
+    assert moved.to("meta").device == torch.device("meta")
+
+
+def test_one_call_at_a_time():
+    busy = threading.Lock()
+
+    class Slow(Area):
+        def _score(self, model, images, prompts):
+            assert busy.acquire(blocking=False), "two calls at once"
+            time.sleep(0.005)
+            busy.release()
+            return super()._score(model, images, prompts)
+
+    rewards = [Slow("y"), Slow("y")] * 4  # of one model
+    with ThreadPoolExecutor(8) as pool:
+        scores = list(pool.map(lambda reward: reward(PICTURES, ["p"] * 5).tolist(), rewards))
+    assert scores == [[2, 4, 6, 8, 10]] * 8
 
 
 def test_a_shared_model_comes_back_to_the_reward_that_is_called():

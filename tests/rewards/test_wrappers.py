@@ -10,6 +10,7 @@ from dpok_trl.rewards.base import RewardError, score_batch
 from dpok_trl.rewards.binding import BoundReward, RewardInputs, TrainerState
 from dpok_trl.rewards.combining import RewardSet
 from dpok_trl.rewards.demo import DemoGreenness
+from dpok_trl.rewards.image_reward import ImageReward
 from dpok_trl.rewards.wrappers import Cached, Clipped, Negated, Standardized
 
 
@@ -275,6 +276,22 @@ def test_only_what_has_a_network_can_be_moved():
     wrapper = Negated(Clipped(module, 0, 1))
     assert wrapper.to("meta") is wrapper and module.weight.device.type == "meta"
     assert RewardSet(wrapper).have_networks and not RewardSet(Negated(column)).have_networks
+    assert not hasattr(wrapper, "device") and not hasattr(Negated(column), "device")  # as what they wrap
+
+
+def test_the_device_is_that_of_the_reward():
+    wrapper = Cached(Clipped("pickscore", high=22))
+    assert wrapper.device is None
+    assert wrapper.to("meta").device == wrapper.bound.function.bound.function.device == torch.device("meta")
+    assert Negated(ImageReward(device="cpu")).device == torch.device("cpu")
+
+
+def test_groups_have_no_running_statistics():
+    with pytest.raises(
+        ValueError, match="diversity is a reward of all images of a prompt together, .* give mean and std"
+    ):
+        Standardized("diversity")
+    assert Standardized("diversity", 0.2, 0.1).wants_groups
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def _scores(reward: RewardFunction, pictures: list[Any], prompts: list[str], met
 
     from dpok_trl.rewards.base import Scored, score_batch
     from dpok_trl.rewards.binding import BoundReward, RewardInputs
-    from dpok_trl.rewards.protocol import to_tensor
+    from dpok_trl.rewards.pictures import to_tensor
 
     bound = BoundReward(reward)
     one_call = bound.wants_groups or len({picture.size for picture in pictures}) == 1
@@ -167,9 +167,14 @@ def _scores(reward: RewardFunction, pictures: list[Any], prompts: list[str], met
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
-def load(name: str, device: str | None) -> RewardFunction:
+def load(name: str, device: str | None, default: str | None = None) -> RewardFunction:
     """
     The reward, on its device. The module of `module:function` may lie in the current folder.
+
+    Args:
+        name (`str`): As [`~dpok_trl.rewards.registry.load_reward`] takes it.
+        device (`str`, *optional*): The one that was asked for.
+        default (`str`, *optional*): Where a reward that can be moved goes if none was.
 
     Raises:
         `ValueError`: If there is no such reward, or it cannot be moved to the device that was asked for.
@@ -179,10 +184,11 @@ def load(name: str, device: str | None) -> RewardFunction:
     if "" not in sys.path:
         sys.path.insert(0, "")
     reward = load_reward(name)
-    if device is not None:
-        if not callable(getattr(reward, "to", None)):
-            raise ValueError(f"{name} has no method `to`, so --device {device} would do nothing: leave it away.")
-        reward.to(device)
+    if callable(getattr(reward, "to", None)):
+        if device or default:
+            reward.to(device or default)
+    elif device is not None:
+        raise ValueError(f"{name} has no method `to`, so --device {device} would do nothing: leave it away.")
     return reward
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from dpok_trl.rewards.base import RewardFunction
     from dpok_trl.rewards.server import RewardServer
 
 
@@ -21,7 +19,7 @@ MIB = 2**20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("reward", help="name of a shipped reward, or module:function for one of yours")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets every machine in")
-    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free")
+    parser.add_argument("--port", type=_port, default=8000, help="0 for any that is free")
     parser.add_argument(
         "--batch-size", type=_positive, help="pictures in one call of the reward (default: the request's)"
     )
@@ -44,48 +42,41 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make_server(args: argparse.Namespace) -> RewardServer:
-    from dpok_trl.rewards.server import RewardServer, about, reward_scorer
+    """The server of the reward, with its weights.
 
-    reward = load(args.reward, args.device)
+    Raises:
+        `ValueError`: If there is no such reward, it cannot be moved to the device that was asked for, or it cannot be served.
+    """
+    import torch
+    from PIL import Image
+
+    from dpok_trl.commands.rewards import load
+    from dpok_trl.rewards.server import RewardServer, about, reward_scorer
+    from dpok_trl.rewards.weights import ModelReward
+
+    reward = load(args.reward, args.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    scorer = reward_scorer(reward)
+    if isinstance(reward, ModelReward):  # weights that are missing are better told now than to the first client
+        print(f"Loading {args.reward} on {reward.device} ...", flush=True)
+        reward([Image.new("RGB", (64, 64))], ["a picture"])
     return RewardServer(
         (args.host, args.port),
-        reward_scorer(reward),
+        scorer,
         about(reward),
         batch_size=args.batch_size,
         max_bytes=args.max_megabytes * MIB,
     )
 
 
-def load(name: str, device: str | None) -> RewardFunction:
-    """
-    The reward, on its device and with its weights. The module of `module:function` may lie in the current folder; a class is called for its object.
-
-    Raises:
-        `ValueError`: If there is no such reward, or it cannot be moved to the device that was asked for.
-    """
-    import torch
-    from PIL import Image
-
-    from dpok_trl.rewards.registry import load_reward
-    from dpok_trl.rewards.weights import ModelReward
-
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    reward = load_reward(name)
-    if isinstance(reward, type):
-        reward = reward()
-    if callable(getattr(reward, "to", None)):
-        reward.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    elif device is not None:
-        raise ValueError(f"{name} has no method `to`, so --device {device} would do nothing: leave it away.")
-    if isinstance(reward, ModelReward):  # weights that are missing are better told now than to the first client
-        print(f"Loading {name} on {reward.device} ...", flush=True)
-        reward([Image.new("RGB", (64, 64))], ["a picture"])
-    return reward
-
-
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 65535")
     return value

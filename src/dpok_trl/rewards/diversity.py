@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dpok_trl.rewards.info import RewardInfo
+from dpok_trl.rewards.weights import in_turn
 
 
 Features = Callable[[Sequence[Image.Image]], Tensor]
@@ -36,7 +37,8 @@ class PairwiseDiversity:
             colour **only**: the same cat moved to the left is far, another animal of the same colours is near. A Hub id or folder of a CLIP model
             (`"openai/clip-vit-large-patch14"`) compares what the pictures show, by unit vectors, in [0, 2]; a function takes a list of PIL pictures and
             returns a tensor `(B, D)`.
-        device (`str` or `torch.device`, *optional*): Of the CLIP model; by default the CPU until [`~PairwiseDiversity.to`] says otherwise.
+        device (`str` or `torch.device`, *optional*): Of the CLIP model. `None` is not decided: `.to(device)`, which there is with a CLIP model only, decides, or
+            the first call, for the CPU.
         dtype (`torch.dtype`): Of the CLIP model.
         batch_size (`int`): Pictures in one pass of the CLIP model.
     """
@@ -70,15 +72,18 @@ class PairwiseDiversity:
             )
         self._features = self._clip_features if self.clip_name is not None else features or thumbnails
         self._clip = None
-        self.device = torch.device("cpu" if device is None else device)
+        self.device = None if device is None else torch.device(device)
+        if self.clip_name is not None:
+            self.to = self._to  # only then: what has `to` is taken for something with a network
         self.dtype = dtype
         self.batch_size = batch_size
 
-    def to(self, device: str | torch.device) -> PairwiseDiversity:
-        """Where the CLIP model runs from now on, if there is one."""
-        self.device = torch.device(device)
-        if self._clip is not None:
-            self._clip.to(self.device)
+    def _to(self, device: str | torch.device) -> PairwiseDiversity:
+        """Where the CLIP model runs from now on."""
+        with in_turn:
+            self.device = torch.device(device)
+            if self._clip is not None:
+                self._clip.to(self.device)
         return self
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor | list[None]:
@@ -112,8 +117,11 @@ class PairwiseDiversity:
     def _clip_features(self, images: Sequence[Image.Image]) -> Tensor:
         from dpok_trl.rewards.clip import load_clip
 
-        if self._clip is None:
-            self._clip = load_clip(self.clip_name, self.clip_name, device=self.device, dtype=self.dtype)
-        self._clip.to(self.device)  # another reward that shares it may have moved it
-        starts = range(0, len(images), self.batch_size)
-        return torch.cat([self._clip.embed_images(images[start : start + self.batch_size]) for start in starts])
+        with in_turn:
+            if self.device is None:
+                self.device = torch.device("cpu")
+            if self._clip is None:
+                self._clip = load_clip(self.clip_name, self.clip_name, device=self.device, dtype=self.dtype)
+            self._clip.to(self.device)  # another reward that shares it may have moved it
+            starts = range(0, len(images), self.batch_size)
+            return torch.cat([self._clip.embed_images(images[start : start + self.batch_size]) for start in starts])

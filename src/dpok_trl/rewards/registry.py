@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ def load_reward(reward: Any, **kwargs: Any) -> Callable[..., Any]:
         return RemoteReward(reward, **kwargs)
     if reward in SHIPPED:
         return _attribute(SHIPPED[reward])(**kwargs)
+    _refuse_half_an_address(reward)
     if ":" in reward:
         found = _attribute(reward)
         if isinstance(found, type):
@@ -59,6 +61,9 @@ def load_reward(reward: Any, **kwargs: Any) -> Callable[..., Any]:
         return found
     close = difflib.get_close_matches(reward, SHIPPED, n=1, cutoff=0.4)
     hint = f" Did you mean '{close[0]}'?" if close else ""
+    module, dot, name = reward.rpartition(".")
+    if dot and all(part.isidentifier() for part in reward.split(".")):
+        hint = f" For a function of yours write '{module}:{name}', with a colon."
     raise ValueError(
         f"there is no reward named '{reward}'.{hint} There are: {', '.join(SHIPPED)}; 'module:function' and 'http://...' work too."
     )
@@ -67,6 +72,17 @@ def load_reward(reward: Any, **kwargs: Any) -> Callable[..., Any]:
 def shipped_rewards() -> list[RewardInfo]:
     """What the shipped rewards say of themselves; loads no weights."""
     return [_attribute(place).info for place in SHIPPED.values()]
+
+
+def _refuse_half_an_address(reward: str) -> None:
+    """An address that is written wrongly has a colon too, and would be looked for among the modules."""
+    scheme = re.match(r"(https?):/*", reward, re.IGNORECASE)
+    port = re.match(r"[^:/]+:\d+(/|$)", reward)
+    if scheme or port:
+        meant = f"{scheme[1].lower()}://{reward[scheme.end() :]}" if scheme else f"http://{reward}"
+        raise ValueError(
+            f"'{reward}' is no address: that of a server begins with http:// or https://, as in '{meant}'."
+        )
 
 
 def _attribute(place: str) -> Any:

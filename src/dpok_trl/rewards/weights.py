@@ -177,12 +177,14 @@ def _some(names: Sequence[str]) -> str:
 
 
 _loaded: weakref.WeakValueDictionary[Hashable, nn.Module] = weakref.WeakValueDictionary()
-_loading = threading.RLock()
+# For loading, moving and calling. One for all, since rewards share models and parts of them, a model that moves while it is called fails,
+# and a tokenizer keeps the length of the last call.
+in_turn = threading.RLock()
 
 
 def shared(key: Hashable, load: Callable[[], nn.Module]) -> Any:
     """What `load` returned for this key, as long as anybody holds it: rewards that name the same weights share one model."""
-    with _loading:
+    with in_turn:
         model = _loaded.get(key)
         if model is None:
             model = _loaded[key] = load()
@@ -199,11 +201,11 @@ class ModelReward(abc.ABC):
     Args:
         weights (`str` or `Path`): a Hub id, a folder or a file.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
-        device (`str` or `torch.device`, *optional*): where it runs; by default the CPU until [`~ModelReward.to`] says otherwise.
+        device (`str` or `torch.device`, *optional*): where it runs. `None` is not decided: [`~ModelReward.to`] decides, or the first call, for the CPU.
         dtype (`torch.dtype`): of the network. Heads and cosines are computed in float32 whatever it is.
         batch_size (`int`): pictures (and prompts) in one forward pass.
 
-    Nothing is loaded before the first call.
+    Nothing is loaded before the first call. Calls from several threads run one after another, with those of the other rewards with a network.
     """
 
     info: RewardInfo
@@ -223,16 +225,17 @@ class ModelReward(abc.ABC):
             raise ValueError(f"{self.info.name}: `batch_size` must be at least 1; got {batch_size}.")
         self.weights = str(weights)
         self.revision = revision
-        self.device = torch.device("cpu" if device is None else device)
+        self.device = None if device is None else torch.device(device)
         self.dtype = dtype
         self.batch_size = batch_size
         self._model: nn.Module | None = None
 
     def to(self, device: str | torch.device) -> ModelReward:
         """Where it runs from now on. What is loaded moves at once, so `.to("cpu")` frees the memory of a GPU."""
-        self.device = torch.device(device)
-        if self._model is not None:
-            self._model.to(self.device)
+        with in_turn:
+            self.device = torch.device(device)
+            if self._model is not None:
+                self._model.to(self.device)
         return self
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
@@ -245,10 +248,12 @@ class ModelReward(abc.ABC):
             `torch.Tensor` of shape `(B,)`, float32, on the CPU.
         """
         images, prompts = check_pictures(self.info.name, images, prompts)
-        if self._model is None:
-            self._model = self._load()
-        self._model.to(self.device)  # another reward that shares it may have moved it
-        with torch.no_grad():
+        with in_turn, torch.no_grad():
+            if self.device is None:
+                self.device = torch.device("cpu")
+            if self._model is None:
+                self._model = self._load()
+            self._model.to(self.device)  # another reward that shares it may have moved it
             return self._score(self._model, images, prompts).float().cpu()
 
     def _batched(self, function: Callable[[Sequence[Item]], Tensor], items: Sequence[Item]) -> Tensor:

@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpok_trl.core.advantages import BATCH_EPSILON
 from dpok_trl.rewards.base import Scored, score_batch
 from dpok_trl.rewards.binding import BoundReward, RewardInputs, TrainerState
 from dpok_trl.rewards.registry import load_reward
-
-
-EPSILON = 1e-8  # of a standard deviation, as in the advantages
 
 
 class _GivenInputs(RewardInputs):
@@ -41,7 +39,7 @@ class _Wrapper:
     """
     Asks another reward. What fails (NaN, infinite) and what does not apply (`None`) stays what it is.
 
-    It keeps the reward's `image_type`, `overlaps` and `wants_groups`, its columns, its `to` if it has one, and its `info` under a new name.
+    It keeps the reward's `image_type`, `overlaps` and `wants_groups`, its columns, its `to` and `device` if it has them, and its `info` under a new name.
     """
 
     verb: str
@@ -57,6 +55,11 @@ class _Wrapper:
             self.info = dataclasses.replace(info, name=self.__name__, range=self._range(info.range))
         if hasattr(self.bound.function, "to"):
             self.to = self._to  # only then: what has `to` is taken for something with a network
+
+    @property
+    def device(self) -> torch.device | None:
+        """The reward's; `None` where it is not decided. An `AttributeError` where the reward has none, so that the wrapper has none either."""
+        return self.bound.function.device
 
     def __call__(
         self,
@@ -160,7 +163,7 @@ class Standardized(_Wrapper):
 
     Running statistics are those of one process and of one object: they follow the order of the calls (with `overlaps`, that of threads), they are not in
     the trainer's checkpoints (`state_dict` and `load_state_dict` are there to keep them), and a reward that rises does not show as a rise.
-    Advantages subtract a mean anyway, so what matters is the scale.
+    Advantages subtract a mean anyway, so what matters is the scale. A reward that `wants_groups` needs `mean` and `std`.
     """
 
     verb = "standardized"
@@ -174,6 +177,11 @@ class Standardized(_Wrapper):
             raise ValueError(f"momentum must be above 0 and at most 1; got {momentum}.")
         super().__init__(reward)
         self.running = mean is None
+        if self.running and self.wants_groups:
+            raise ValueError(
+                f"{self.bound.name} is a reward of all images of a prompt together, so each prompt would move the running statistics by itself: give mean "
+                "and std."
+            )
         self.momentum = momentum
         self.mean = mean
         self.variance = None if std is None else std**2
@@ -185,7 +193,7 @@ class Standardized(_Wrapper):
             if self.running:
                 self._follow(exact.mean().item(), exact.var(correction=0).item())
             mean, std = self.mean, self.variance**0.5
-        return ((exact - mean) / (std if not self.running else std + EPSILON)).float()
+        return ((exact - mean) / (std if not self.running else std + BATCH_EPSILON)).float()
 
     def _follow(self, mean: float, variance: float) -> None:
         """The mean and variance of a mixture: `1 - momentum` of what was seen so far, `momentum` of this call."""
