@@ -408,3 +408,45 @@ def test_an_image_type_that_there_is_not():
 def test_what_cannot_be_called(given):
     with pytest.raises(TypeError, match=r"a reward must be a function of .* got .* of type (str|int|NoneType)"):
         BoundReward(given)
+
+
+def test_a_column_of_the_name_of_a_parameter_is_refused():
+    """A dataset with a column of captions would never reach the reward."""
+    given = RewardInputs(torch.zeros(1, 3, 2, 2), ("a cat",), ({"captions": "HELLO"},))
+    with pytest.raises(TypeError, match="captions of the reward about is also a column.*stands for the prompts"):
+        BoundReward(_about)(given)
+
+
+def _about(images, captions):
+    return [0.0]
+
+
+_about.__name__ = "about"
+
+
+def test_a_partial_of_a_module_is_called_as_the_module():
+    class Head(torch.nn.Module):
+        def forward(self, images, scale=1.0):
+            return torch.full((len(images),), scale)
+
+    head = BoundReward(functools.partial(Head(), scale=3.0))
+    given = RewardInputs(torch.zeros(2, 3, 2, 2), ("a", "b"), ({}, {}))
+    assert head(given).tolist() == [3.0, 3.0]
+
+
+def test_ddpos_three_arguments_with_columns_beside_them():
+    given = RewardInputs(torch.zeros(1, 3, 2, 2), ("a cat",), ({"style": "ink", "size": 3},))
+    seen = {}
+
+    def optional(images, prompts, metadata, style=None):
+        seen["optional"] = (type(images), style)
+        return [0.0]
+
+    def everything(images, prompts, metadata, **columns):
+        seen["everything"] = (type(images), columns)
+        return [0.0]
+
+    BoundReward(optional)(given)
+    BoundReward(everything)(given)
+    assert seen["optional"] == (torch.Tensor, ["ink"])
+    assert seen["everything"] == (torch.Tensor, {"style": ["ink"], "size": [3]})

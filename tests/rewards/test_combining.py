@@ -231,13 +231,24 @@ def test_an_image_that_does_not_count_is_in_no_statistic(bad):
     assert torch.equal(total[counts], without)
 
 
-def test_nothing_finite_in_a_batch_stops_the_run():
+def test_nothing_finite_in_a_batch_is_masked():
+    """With one image in a batch, any failure would be a whole batch: the trainer looks at the round."""
     rewards = RewardSet([brightness, of(NAN, INF, None, NAN)])
+    scores = rewards.score(inputs())
+    total, counts = rewards.total(scores.values, scores.applies, inputs().prompts)
+    assert counts.tolist() == [False, False, True, False] and total.isfinite().tolist() == counts.tolist()
+
+
+@pytest.mark.parametrize("name", ["mean", "std", "nonfinite", "seconds"])
+def test_a_reward_must_not_write_over_the_trainers_own_metrics(name):
+    def reward(images, prompts, log_metric):
+        log_metric(name, 1.0)
+        return [0.0] * len(prompts)
+
     with pytest.raises(
-        RewardError,
-        match="none of the 3 rewards that <lambda> gave for a batch is finite: there is nothing to learn from",
+        RewardError, match=f"would write over the trainer's own rewards/reward/{name}; choose another name"
     ):
-        rewards.score(inputs())
+        RewardSet(reward).score(inputs())
 
 
 def test_nothing_that_applies_in_a_batch_is_no_failure():
@@ -312,3 +323,12 @@ def test_the_seconds_are_those_of_their_reward():
     parts = [([0, 2], rewards.score(inputs(), [0, 2])), ([1], rewards.score(inputs(), [1]))]
     seconds = join_scores(parts).seconds
     assert seconds[1] == max(seconds) >= 0.05
+
+
+@pytest.mark.parametrize("value", [0.1, 21.3, 3.3333])
+def test_equal_rewards_of_a_prompt_are_0(value):
+    """In float32 the mean of equal numbers may be another number, and dividing by a spread as small would give ±1."""
+    rewards = RewardSet(brightness, aggregation="normalize_then_sum")
+    for n in range(2, 25):
+        values, applies = torch.full((n, 1), value), torch.ones(n, 1, dtype=torch.bool)
+        assert rewards.total(values, applies, ["a"] * n)[0].tolist() == [0.0] * n

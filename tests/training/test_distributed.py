@@ -125,14 +125,15 @@ def test_a_reward_that_fails_in_one_process_stops_both(ranks):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nothing finite on 1", "none of the 4 rewards that nan_on_1 gave for a batch is finite: there is nothing to learn from"),
+        ("nothing finite on 1", "none of the 8 rewards that nan_on_1 gave in this round on process 1 is finite: there is nothing to learn from"),
         ("not finite on 1", "4 of the 4 rewards that nan_on_1 returned are not finite in float32 (4 NaN, 0 infinite); the first is nan"),
     ],
 )  # fmt: skip
 def test_rewards_that_are_not_finite_in_one_process_stop_both(ranks, name, message):
     (zero, one), _ = ranks
     assert one[name].startswith(message)
-    assert zero[name] == f"process 1 failed with RewardError: {one[name]}"
+    # what a single process could see reaches the other by name; what only the gathered rewards show is seen by both
+    assert zero[name] in (one[name], f"process 1 failed with RewardError: {one[name]}")
 
 
 def test_no_image_that_counts_in_any_process_stops_both(ranks):

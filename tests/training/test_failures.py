@@ -29,7 +29,7 @@ BAD_REWARDS = {
     "one for all": (lambda i, p, m: i.mean(), r"of shape \(\).*leave the batch dimension"),
     "nothing finite": (
         lambda i, p, m: torch.full((4,), float("nan")),
-        "gave for a batch is finite: there is nothing to learn",
+        "gave in this round on process 0 is finite: there is nothing to learn",
     ),
     "None": (lambda i, p, m: None, "returned None: it must return one number per image"),
     "None and a dict": (lambda i, p, m: (None, {}), "returned None"),

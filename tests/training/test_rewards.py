@@ -136,7 +136,7 @@ def test_a_round_in_which_no_image_counts(make_trainer):
     rewards = {"first": constant(1, NAN, 1, INF), "second": constant(NAN, 1, -INF, 1)}
     with pytest.raises(
         RewardError,
-        match="none of the 4 images of the round has a reward: each has one that failed, or none that applies",
+        match="none of the 4 images of the round has a reward that counts: first applies to 4 and failed for 2; second applies to 4 and failed for 2",
     ):
         make_trainer(rewards).train()
     with pytest.raises(RewardError, match="none of the 4 images of the round has a reward"):

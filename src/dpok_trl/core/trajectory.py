@@ -47,6 +47,10 @@ class Trajectory:
             raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}, needed is {tuple(self.log_probs.shape)}")
         return replace(self, log_probs=log_probs)
 
+    def without_images(self) -> Trajectory:
+        """The same trajectory with no images: they are much larger than latents, and a replay needs none."""
+        return replace(self, images=self.images[:0].clone())
+
     def transitions(
         self,
         samples: Sequence[int],

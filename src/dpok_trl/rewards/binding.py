@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class RewardInputs:
     trainer_state: TrainerState | None = None
     log_metric: Callable[[str, float], None] = field(default=lambda name, value: None)
     _made: list[list[Any]] = field(default_factory=list, repr=False, compare=False)  # the pictures; shared by copies
+    _making: Any = field(default_factory=Lock, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -62,8 +64,9 @@ class RewardInputs:
     @property
     def pictures(self) -> list[Any]:
         """8-bit RGB pictures; for each video the list of its frames. Made once, whoever asks."""
-        if not self._made:
-            self._made.append(self._pictures())
+        with self._making:  # rewards may run in threads
+            if not self._made:
+                self._made.append(self._pictures())
         return self._made[0]
 
     def _pictures(self) -> list[Any]:
@@ -125,13 +128,19 @@ class BoundReward:
 
     def __call__(self, inputs: RewardInputs) -> Any:
         """What the function returns for a batch; a coroutine is run to its end."""
-        columns = [] if self._positions else inputs.columns()
+        columns = inputs.columns()
         missing = [name for name in self._keywords if name not in NAMES and name not in columns]
         if missing:
             raise TypeError(
                 f"the reward {self.name} asks for {', '.join(missing)}, and the prompts come with "
                 f"{', '.join(columns) or 'no such columns'}. A parameter is images, prompts, metadata, trainer_state, log_metric, or an entry of the "
                 "metadata of every prompt (a column of the dataset)."
+            )
+        both = [name for name in self._keywords if name in NAMES and name in columns]
+        if both:
+            raise TypeError(
+                f"the parameter {', '.join(both)} of the reward {self.name} is also a column of the prompts' metadata, and stands for the {NAMES[both[0]]} here. "
+                "Rename the column, or take the parameter's other name (images or image; prompts, prompt, texts or captions; metadata or prompt_metadata)."
             )
         arguments = {name: self._value(NAMES.get(name), name, inputs) for name in self._keywords}
         offered = columns if self._takes_columns else [name for name in self._optional if name in columns]
@@ -185,7 +194,12 @@ def reward_name(function: Any) -> str:
 def _read_signature(function: Any, name: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], bool]:
     """What is handed over by position, what by name, which columns are taken where there are some, and whether all are (`**kwargs`)."""
     ddpo = ("images", "prompts", "metadata")
-    target = function.forward if isinstance(function, torch.nn.Module) else function
+    innermost = _without_partials(function)
+    target = function
+    if isinstance(innermost, torch.nn.Module):  # whose own signature says nothing
+        target = innermost.forward
+        if isinstance(function, functools.partial):
+            target = functools.partial(target, *function.args, **function.keywords)
     try:
         parameters = list(inspect.signature(target).parameters.values())
     except ValueError:  # built in C: no signature to read
@@ -201,7 +215,7 @@ def _read_signature(function: Any, name: str) -> tuple[tuple[str, ...], tuple[st
     in_place = [p.name for p in named if p.kind is not p.KEYWORD_ONLY]
     if set(required) <= set(in_place[:3]):  # else they cannot be given by position
         if [NAMES[p.name] for p in named if p.name in NAMES] == [NAMES.get(p) for p in in_place[:3]] == list(ddpo):
-            return ddpo, (), (), False
+            return ddpo, (), tuple(p.name for p in named if p.name not in in_place[:3]), takes_columns
         if required and not any(NAMES.get(parameter) for parameter in required):
             return ddpo[: len(required)], (), (), False
     keywords = [p.name for p in named if p.name in NAMES or p.default is p.empty]

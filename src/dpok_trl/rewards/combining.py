@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from dpok_trl.rewards.base import RewardError, refuse_nonfinite, score_batch
+from dpok_trl.rewards.base import refuse_nonfinite, score_batch
 from dpok_trl.rewards.binding import BoundReward, RewardInputs
 from dpok_trl.rewards.registry import load_reward
 
@@ -51,8 +51,9 @@ class RewardSet:
         aggregation (`"sum"` or `"normalize_then_sum"`): Of the weighted rewards as they are, or of each after it was normalised over the images of its prompt,
             for rewards of very different scale (GDPO, https://arxiv.org/abs/2601.05242).
         on_error (`"mask"` or `"raise"`): What a reward that is NaN or infinite does: the image is left out of the update and of every statistic, or the run
-            stops. A whole batch of them always stops it.
-        device (`torch.device` or `str`, *optional*): Where rewards that are given by name run. Others stay where they are.
+            stops. A whole round of them always stops it.
+        device (`torch.device` or `str`, *optional*): Where rewards run that are given by name, or as objects without a device of their own. Others stay where
+            they are.
 
     Raises:
         `ValueError`: For unknown names, and weights that do not fit the rewards; with both numbers.
@@ -102,8 +103,7 @@ class RewardSet:
         """Asks the rewards (all, or those at the indices `which`) about one batch.
 
         Raises:
-            [`RewardError`]: If one raises, returns something else than one number per image, or nothing finite at all; with `on_error="raise"` for a single
-                value that is not finite.
+            [`RewardError`]: If one raises or returns something else than one number per image; with `on_error="raise"` for a value that is not finite.
         """
         chosen = [self.rewards[index] for index in (range(len(self)) if which is None else which)]
         columns, infos, seconds = [], {}, []
@@ -113,12 +113,13 @@ class RewardSet:
             logged = replace(
                 inputs,
                 log_metric=lambda name, value, reward=reward: metrics.setdefault(
-                    f"rewards/{reward.name}/{name}", []
+                    _metric(reward.name, name), []
                 ).append(float(value)),
             )
             scored = score_batch(reward, logged)
             seconds.append(time.monotonic() - started)
-            self._refuse_failures(reward.name, scored.values, scored.applies, inputs.prompts)
+            if self.on_error == "raise":
+                refuse_nonfinite(reward.name, scored.values, scored.applies, inputs.prompts)
             columns.append(scored)
             infos[reward.name] = scored.info
         return Scores(
@@ -128,15 +129,6 @@ class RewardSet:
             seconds,
             metrics,
         )
-
-    def _refuse_failures(self, name: str, values: torch.Tensor, applies: torch.Tensor, prompts: Sequence[str]) -> None:
-        if self.on_error == "raise":
-            refuse_nonfinite(name, values, applies, prompts)
-        if applies.any() and not values[applies].isfinite().any():
-            raise RewardError(
-                f"none of the {int(applies.sum())} rewards that {name} gave for a batch is finite: there is nothing to learn from, whatever "
-                "reward_on_error says."
-            )
 
     def total(
         self, values: torch.Tensor, applies: torch.Tensor, prompts: Sequence[str]
@@ -159,6 +151,14 @@ class RewardSet:
         total = (values * self.weights).sum(dim=1)
         counts &= total.isfinite()  # a sum may overflow
         return torch.where(counts, total, torch.nan), counts
+
+
+def _metric(reward: str, name: str) -> str:
+    if name in ("mean", "std", "nonfinite", "seconds"):
+        raise ValueError(
+            f"log_metric('{name}') would write over the trainer's own rewards/{reward}/{name}; choose another name."
+        )
+    return f"rewards/{reward}/{name}"
 
 
 def join_scores(parts: Sequence[tuple[Sequence[int], Scores]]) -> Scores:
@@ -186,14 +186,18 @@ def _normalized(values: torch.Tensor, used: torch.Tensor, prompts: Sequence[str]
         for column in range(values.shape[1]):
             group = rows[used[rows, column]]
             if len(group):
-                scores = values[group, column]
-                normalized[group, column] = (scores - scores.mean()) / (scores.std(correction=0) + EPSILON)
+                scores = values[
+                    group, column
+                ].double()  # in float32 the mean of equal rewards is another number, and so is their deviation
+                spread = scores.std(correction=0) if scores.min() < scores.max() else torch.inf
+                normalized[group, column] = ((scores - scores.mean()) / (spread + EPSILON)).float()
     return normalized
 
 
 def _made(reward: Any, device: torch.device | str | None) -> Any:
     function = load_reward(reward)
-    if isinstance(reward, str) and device is not None and hasattr(function, "to"):
+    undecided = isinstance(reward, str) or getattr(function, "device", device) is None
+    if undecided and device is not None and hasattr(function, "to"):
         function.to(device)
     return function
 

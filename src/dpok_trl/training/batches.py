@@ -24,7 +24,9 @@ class SampledBatch:
     trajectory: Trajectory
     metadata: tuple[Any, ...]
     inputs: RewardInputs | None = None  # what the rewards see
-    job: Future | None = None  # of the rewards that overlap with sampling
+    jobs: list[tuple[int, Future]] = field(
+        default_factory=list
+    )  # of the rewards that overlap with sampling, by their index
     scores: Scores | None = None  # of all rewards
     rewards: torch.Tensor | None = None  # (B,) float32 on the CPU: their total, NaN for an image that does not count
 

@@ -199,8 +199,8 @@ class DPOKConfig:
     reward_on_error: str = field(
         default="mask",
         metadata={
-            "help": "What a NaN or infinite reward does. mask: its image is left out of the update and all statistics, and counted; raise: the run stops. "
-            "A whole batch of them always stops it.",
+            "help": "What a NaN or infinite reward does. mask: its image gets no advantage and is out of all statistics, and counted; raise: the run stops. "
+            "If all that a process asked for in a round fail, the run always stops.",
             "choices": ["mask", "raise"],
         },
     )

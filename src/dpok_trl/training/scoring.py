@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,13 +49,21 @@ class Scoring:
         threaded = [config.async_reward_computation or reward.overlaps for reward in self.rewards.rewards]
         self.early = [index for index, one in enumerate(threaded) if one]
         self.late = [index for index, one in enumerate(threaded) if not one]
-        self.executor: ThreadPoolExecutor | None = reward_threads(config, accelerator.device) if self.early else None
+        self._jobs: list[tuple[int, Future]] = []  # of the round in progress
+        self._make_executor = partial(reward_threads, config, accelerator.device)
+        self.executor: ThreadPoolExecutor | None = self._make_executor() if self.early else None
 
     def begin(self, batch: SampledBatch, state: TrainerState) -> None:
         """A batch is there: its overlapping rewards may start."""
         batch.inputs = RewardInputs(batch.trajectory.images, tuple(batch.trajectory.prompts), batch.metadata, state)
+        for _, job in self._jobs:
+            if job.done():
+                job.result()  # one that failed ends the round now, and not when all is sampled
         if self.executor is not None:
-            batch.job = self.executor.submit(self.rewards.score, batch.inputs, self.early)
+            batch.jobs = [
+                (index, self.executor.submit(self.rewards.score, batch.inputs, [index])) for index in self.early
+            ]
+            self._jobs += batch.jobs
 
     def finish(self, batches: Sequence[SampledBatch]) -> None:
         """All batches are there: asks the other rewards, and waits for those that have begun.
@@ -62,13 +71,20 @@ class Scoring:
         Raises:
             [`RewardError`]: See [`RewardSet.score`].
         """
+        late = []
         with on_the_device(self.rewards, self.accelerator.device) if self.offload else nullcontext():
             for batch in batches:
-                parts = [(self.late, self.rewards.score(batch.inputs, self.late))] if self.late else []
-                if batch.job is not None:
-                    parts.append((self.early, batch.job.result()))
-                batch.scores = join_scores(parts)
-                batch.rewards, _ = self.rewards.total(batch.scores.values, batch.scores.applies, batch.inputs.prompts)
+                late.append([(self.late, self.rewards.score(batch.inputs, self.late))] if self.late else [])
+        for batch, parts in zip(batches, late, strict=True):
+            batch.scores = join_scores([*parts, *(([index], job.result()) for index, job in batch.jobs)])
+            batch.rewards, _ = self.rewards.total(batch.scores.values, batch.scores.applies, batch.inputs.prompts)
+
+    def cancel(self) -> None:
+        """Takes back what has not begun: a round has failed."""
+        self._jobs = []
+        if self.executor is not None:
+            self.executor.shutdown(wait=False, cancel_futures=True)
+            self.executor = self._make_executor()
 
     def gather(self, batches: Sequence[SampledBatch]) -> tuple[list[str], torch.Tensor, dict[str, float]]:
         """Of all processes, process after process.
@@ -84,21 +100,40 @@ class Scoring:
         values, applies = (self.accelerator.gather(one.to(device)).cpu() for one in local)
         prompts = gather_object([prompt for batch in batches for prompt in batch.trajectory.prompts])
         rewards, counts = self.rewards.total(values, applies, prompts)
-        if not counts.any():
-            raise RewardError(
-                f"none of the {len(rewards)} images of the round has a reward: each has one that failed, or none that applies."
-            )
+        self._refuse_failed_round(values, applies, counts)
         # With normalize_then_sum the images of a prompt in other batches count too: these are the rewards that are trained on.
         first = self.accelerator.process_index * len(local[0])
         parts = rewards[first : first + len(local[0])].split([len(batch.inputs) for batch in batches])
         for batch, part in zip(batches, parts, strict=True):
             batch.rewards = part
+            batch.inputs, batch.jobs = None, []  # pictures that nobody needs any more
+        self._jobs = []
         metrics = {
             "images_left_out": int((~counts).sum()),
             "reward": rewards[counts].mean().item(),
             "reward_std": rewards[counts].std(correction=0).item(),
         }
         return prompts, rewards, {**metrics, **self._metrics(batches, values, applies)}
+
+    def _refuse_failed_round(self, values: torch.Tensor, applies: torch.Tensor, counts: torch.Tensor) -> None:
+        """Stops the run where a reward failed for all images that a process asked it about: its server is down, say. All processes see the same values, and
+        all stop."""
+        said = []
+        for column, name in enumerate(self.rewards.names):
+            failed = applies[:, column] & ~values[:, column].isfinite()
+            for process, (asked, bad) in enumerate(
+                zip(*(one.chunk(self.accelerator.num_processes) for one in (applies[:, column], failed)), strict=True)
+            ):
+                if asked.any() and torch.equal(asked, bad):
+                    raise RewardError(
+                        f"none of the {int(asked.sum())} rewards that {name} gave in this round on process {process} is finite: there is nothing to learn from, "
+                        "whatever reward_on_error says."
+                    )
+            said.append(f"{name} applies to {int(applies[:, column].sum())} and failed for {int(failed.sum())}")
+        if not counts.any():
+            raise RewardError(
+                f"none of the {len(values)} images of the round has a reward that counts: {'; '.join(said)}."
+            )
 
     def _metrics(
         self, batches: Sequence[SampledBatch], values: torch.Tensor, applies: torch.Tensor

@@ -205,6 +205,8 @@ class DPOKTrainer(PublishingMixin):
         self._log_round(
             epoch, global_step, batches, {"images": (epoch + 1) * len(rewards), **reward_metrics, **sampling_metrics}
         )
+        for batch in batches:
+            batch.trajectory = batch.trajectory.without_images()  # as large as all latents, and the update needs none
 
         started = time.monotonic()
         kl = []
@@ -233,6 +235,7 @@ class DPOKTrainer(PublishingMixin):
             batches, timings = self._sample_and_score(epoch)
         except Exception as raised:  # raised again below: the other processes must hear of it, or they would wait for this one for ever
             error = raised
+            self.scoring.cancel()
         told = None if error is None else (isinstance(error, RewardError), f"{type(error).__name__}: {error}")
         failures = gather_object([told])
         if error is not None:
