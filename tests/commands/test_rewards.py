@@ -152,6 +152,14 @@ def test_pictures_of_several_sizes(capsys, folder):
     assert code == 0 and [row["reward"] for row in json.loads(out)] == [64.0, 7.0]
 
 
+@pytest.mark.parametrize("argv", [["check", "demo-greenness"], ["score", "diversity", "--prompt", "x"]])
+def test_pictures_of_several_sizes_in_one_call(capsys, folder, argv):
+    Image.new("L", (7, 9)).save("small.png")
+    assert cli.main(["rewards", *argv[:2], "a.png", "small.png", *argv[2:]]) == 2
+    words = "pictures that are scored in one call must be of one size; there are 7 x 9 and 64 x 64."
+    assert capsys.readouterr().err.startswith(f"dpok-trl rewards: error: {words}")
+
+
 def test_what_does_not_apply_and_what_fails(capsys, folder):
     code, out = printed(capsys, "score", "diversity", "a.png", "--prompt", "x")
     assert code == 0 and "does not apply" in out

@@ -36,11 +36,12 @@ def test_the_parameters_are_those_that_are_bound():
 
 
 def test_there_are_marked_blocks():
-    assert len(MARKED) == 2
+    assert len(MARKED) == 3
 
 
 @pytest.mark.parametrize(
-    ("block", "printed"), zip(MARKED, ["redness: ok\n", "clipped(standardized(pickscore))\n"], strict=True)
+    ("block", "printed"),
+    zip(MARKED, ["redness: ok\n", "asked: ok\n", "clipped(standardized(pickscore))\n"], strict=True),
 )
 def test_marked_block_runs(block, printed, capsys):
     exec(compile(block, "docs/rewards.md", "exec"), {"__name__": "example"})

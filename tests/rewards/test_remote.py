@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -340,6 +341,31 @@ def test_an_exception_waits_neither_for_repeats_nor_for_what_is_under_way():
     assert time.monotonic() - started < 5
     release.set()
     assert bodies.count(b"later") < 20  # what was not begun is not
+
+
+def test_ctrl_c_ends_the_waiting():
+    """While one request is under way and another waits to be repeated."""
+    begun, release = threading.Event(), threading.Event()
+
+    def transport(url, body, headers, timeout):
+        if body == b"away":
+            raise ConnectionError
+        begun.set()
+        release.wait(10)
+        return 200, b"{}"
+
+    def press():
+        begun.wait(10)
+        time.sleep(0.1)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    client = Client("http://x", timeout=1, retries=3, backoff=30, concurrency=2, headers=None, transport=transport)
+    threading.Thread(target=press).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        client.post_all([b"away", b"hangs"])
+    assert time.monotonic() - started < 5
+    release.set()
 
 
 def test_a_message_counts_the_attempts_that_were_made():
