@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +90,9 @@ def _table(rows: list[Any]) -> str:
 
 def _check(args: argparse.Namespace) -> int:
     from dpok_trl.rewards.checking import SAMPLE_PROMPTS, check_reward
+    from dpok_trl.rewards.registry import load_on_device
 
-    reward = load(args.reward, args.device)
+    reward = load_on_device(args.reward, args.device)
     images = [_picture(path) for path in args.images] or None
     prompts = None
     if args.prompt is not None:
@@ -114,9 +114,11 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
+    from dpok_trl.rewards.registry import load_on_device
+
     prompts = _one_each(args.prompt, len(args.images))
     pictures = [_picture(path) for path in args.images]
-    reward = load(args.reward, args.device)
+    reward = load_on_device(args.reward, args.device)
     scored = _scores(reward, pictures, prompts, [args.metadata or {}] * len(pictures))
     values = [
         value if applies else None
@@ -165,31 +167,6 @@ def _scores(reward: RewardFunction, pictures: list[Any], prompts: list[str], met
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
-
-
-def load(name: str, device: str | None, default: str | None = None) -> RewardFunction:
-    """
-    The reward, on its device. The module of `module:function` may lie in the current folder.
-
-    Args:
-        name (`str`): As [`~dpok_trl.rewards.registry.load_reward`] takes it.
-        device (`str`, *optional*): The one that was asked for.
-        default (`str`, *optional*): Where a reward that can be moved goes if none was.
-
-    Raises:
-        `ValueError`: If there is no such reward, or it cannot be moved to the device that was asked for.
-    """
-    from dpok_trl.rewards.registry import load_reward
-
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    reward = load_reward(name)
-    if callable(getattr(reward, "to", None)):
-        if device or default:
-            reward.to(device or default)
-    elif device is not None:
-        raise ValueError(f"{name} has no method `to`, so --device {device} would do nothing: leave it away.")
-    return reward
 
 
 def _picture(path: Path) -> Any:

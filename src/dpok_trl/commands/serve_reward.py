@@ -50,11 +50,11 @@ def make_server(args: argparse.Namespace) -> RewardServer:
     import torch
     from PIL import Image
 
-    from dpok_trl.commands.rewards import load
+    from dpok_trl.rewards.registry import load_on_device
     from dpok_trl.rewards.server import RewardServer, about, reward_scorer
     from dpok_trl.rewards.weights import ModelReward
 
-    reward = load(args.reward, args.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    reward = load_on_device(args.reward, args.device, default="cuda" if torch.cuda.is_available() else "cpu")
     scorer = reward_scorer(reward)
     if isinstance(reward, ModelReward):  # weights that are missing are better told now than to the first client
         print(f"Loading {args.reward} on {reward.device} ...", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,29 @@ def load_reward(reward: Any, **kwargs: Any) -> Callable[..., Any]:
     raise ValueError(
         f"there is no reward named '{reward}'.{hint} There are: {', '.join(SHIPPED)}; 'module:function' and 'http://...' work too."
     )
+
+
+def load_on_device(name: str, device: str | None, default: str | None = None) -> Callable[..., Any]:
+    """
+    A reward for a command, on its device. The module of `module:function` may lie in the current folder.
+
+    Args:
+        name (`str`): As [`load_reward`] takes it.
+        device (`str`, *optional*): The one that was asked for.
+        default (`str`, *optional*): Where a reward that can be moved goes if none was.
+
+    Raises:
+        `ValueError`: If there is no such reward, or it cannot be moved to the device that was asked for.
+    """
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    reward = load_reward(name)
+    if callable(getattr(reward, "to", None)):
+        if device or default:
+            reward.to(device or default)
+    elif device is not None:
+        raise ValueError(f"{name} has no method `to`, so --device {device} would do nothing: leave it away.")
+    return reward
 
 
 def shipped_rewards() -> list[RewardInfo]:
