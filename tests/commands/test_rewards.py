@@ -175,6 +175,13 @@ def test_what_does_not_apply_and_what_fails(capsys, folder):
     [
         (["check", "demo-sotf"], "there is no reward named 'demo-sotf'. Did you mean 'demo-soft'?"),
         (["check", "no_such_module:f"], "there is no module 'no_such_module'"),
+        (["check", "mine_for_the_cli:math"], "of type module: a reward is something to call"),
+        (
+            ["score", "mine_for_the_cli:math", "a.png", "--prompt", "x"],
+            "of type module: a reward is something to call",
+        ),
+        (["check", ".m:f"], "'.m:f' is no module and function"),
+        (["check", "clip-score", "--device", "nonsense"], "'nonsense' is no device: write cpu, cuda,"),
         (["check", "demo-soft", "--device", "cpu"], "has no method `to`, so --device cpu would do nothing"),
         (["score", "demo-soft", "missing.png", "--prompt", "x"], "No such file or directory: 'missing.png'"),
         (["score", "demo-soft", "mine_for_the_cli.py", "--prompt", "x"], "cannot identify image file"),

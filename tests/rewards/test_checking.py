@@ -55,6 +55,19 @@ def test_shipped_rewards_by_name(name):
     assert report.name == name and len(report.values) == len(SAMPLE_PROMPTS)
 
 
+@pytest.mark.parametrize("spread", [1.0, 0.1])
+def test_noise_is_found_whatever_it_is_added_to(spread):
+    generator = torch.Generator().manual_seed(0)
+    assert "it is random" in only_problem(lambda images: 1000 + spread * torch.rand(len(images), generator=generator))
+
+
+@pytest.mark.parametrize(("relative", "ok"), [(4 * 2**-23, True), (64 * 2**-23, False)])
+def test_equal_rewards_may_differ_by_rounding(relative, ok):
+    calls = iter([0.0] + [relative] * 20)
+    report = check_reward(lambda images: [1000 * (1 + shift) for shift in [next(calls)] for _ in images])
+    assert report.ok == ok, report
+
+
 def test_a_reward_of_groups_is_not_judged_one_at_a_time():
     report = check_reward("diversity")
     assert report.ok and report.batch_difference is None and report.order_difference == 0.0

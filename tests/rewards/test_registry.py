@@ -77,7 +77,7 @@ def test_a_class_in_a_module_is_made(module):
 @pytest.mark.parametrize(
     ("name", "meant"),
     [("imagereward", "image-reward"), ("ImageReward", "image-reward"), ("pick-score", "pickscore"), ("hps", "hpsv2"),
-     ("jpeg_compressibility", "jpeg-compressibility"), ("clipscore", "clip-score")],
+     ("jpeg_compressibility", "jpeg-compressibility"), ("clipscore", "clip-score"), ("CLIPScore", "clip-score"), ("HPSV2.1", "hpsv2.1")],
 )  # fmt: skip
 def test_an_unknown_name(name, meant):
     with pytest.raises(ValueError) as error:
@@ -90,7 +90,7 @@ def test_an_unknown_name(name, meant):
     ("address", "meant"),
     [("localhost:8000", "http://localhost:8000"), ("127.0.0.1:8000/score", "http://127.0.0.1:8000/score"),
      ("http:/localhost:8000", "http://localhost:8000"), ("https:example.org", "https://example.org"),
-     ("HTTP://localhost:8000", "http://localhost:8000")],
+     ("HTTP:/localhost:8000", "http://localhost:8000")],
 )  # fmt: skip
 def test_half_an_address(address, meant):
     with pytest.raises(ValueError) as error:
@@ -106,6 +106,40 @@ def test_a_dot_for_a_colon(name, meant):
         load_reward(name)
     with pytest.raises(ValueError, match="named 'hpsv2.2'. Did you mean 'hpsv2.1'?"):
         load_reward("hpsv2.2")
+
+
+@pytest.mark.parametrize("name", ["hpsv3", "HPSv3", "geneval", "GenEval"])
+def test_what_is_served_elsewhere(name):
+    with pytest.raises(
+        ValueError, match=rf"no reward named '{name}'\. It runs .*: docs/remote-rewards\.md has its server\."
+    ):
+        load_reward(name)
+
+
+def test_the_scheme_of_an_address_in_capitals():
+    assert load_reward("HTTP://localhost:8000/Score").client.url == "http://localhost:8000/Score"
+
+
+@pytest.mark.parametrize("place", [".m:f", ":f", "m:", "a..b:f", "m:f.g"])
+def test_what_can_be_no_place(place):
+    with pytest.raises(ValueError, match=f"'{place}' is no module and function: write 'module:function'"):
+        load_reward(place)
+
+
+def test_what_is_there_and_cannot_be_called(module):
+    module("my_rewards_constant", "C = 3\nclass Bare: pass\n")
+    with pytest.raises(ValueError, match="'my_rewards_constant:C' is 3 of type int: a reward is something to call"):
+        load_reward("my_rewards_constant:C")
+    with pytest.raises(ValueError, match="of type Bare: a reward is something to call"):
+        load_reward("my_rewards_constant:Bare")
+
+
+def test_a_module_that_is_no_python(module):
+    module("my_rewards_broken", "def f(:\n")
+    with pytest.raises(
+        ValueError, match=r"the module 'my_rewards_broken' is no Python: .*my_rewards_broken\.py, line 1"
+    ):
+        load_reward("my_rewards_broken:f")
 
 
 def test_an_unknown_name_like_no_other():

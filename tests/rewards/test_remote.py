@@ -243,6 +243,62 @@ def test_a_hanging_server_is_given_up(caplog):
         release.set()
 
 
+class Drips(BaseHTTPRequestHandler):
+    """A byte now and then, for four seconds."""
+
+    def do_POST(self):
+        self.send_response(200 if self.path == "/" else 500)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            for _ in range(200):
+                self.wfile.write(b" ")
+                time.sleep(0.02)
+
+    def log_message(self, *args):
+        pass
+
+
+class BreaksOff(Drips):
+    def do_POST(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b"[")
+
+
+@contextlib.contextmanager
+def serving_by(handler):
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("path", ["/", "/error"])
+def test_a_server_that_drips_is_given_up(path):
+    with serving_by(Drips) as url:
+        started = time.monotonic()
+        with pytest.raises(TimeoutError):
+            urllib_transport(url + path, b"{}", {}, 0.2)
+        assert time.monotonic() - started < 1
+
+
+def test_an_answer_that_breaks_off_is_no_answer():
+    with serving_by(BreaksOff) as url, pytest.raises(http.client.IncompleteRead):
+        urllib_transport(url, b"{}", {}, 5)
+
+
+def test_an_answer_that_is_too_large_is_not_asked_for_again(monkeypatch):
+    monkeypatch.setattr("dpok_trl.rewards.client.MAX_ANSWER", 100)
+    with serving(lambda request: (200, b"x" * 101)) as (url, requests):
+        client = fast(url, retries=3).client
+        with pytest.raises(RequestFailed, match="answered with more than 100 bytes"):
+            client.post_all([b"{}"])
+        assert len(requests) == 1
+
+
 def test_a_failed_part_is_nan_and_the_log_says_so(caplog):
     def one_fails(request):
         return (500, b"boom") if "two" in request["prompts"] else lengths(request)

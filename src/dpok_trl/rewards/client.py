@@ -5,11 +5,13 @@ from __future__ import annotations
 import http.client
 import logging
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any
 
 from dpok_trl.rewards.base import RewardError
 from dpok_trl.rewards.protocol import excerpt
@@ -23,6 +25,9 @@ Transport = Callable[[str, bytes, Mapping[str, str], float], tuple[int, bytes]]
 OK = 200
 TOO_MANY_REQUESTS = 429
 SERVER_ERROR = 500
+MAX_ANSWER = 64 * 2**20  # bytes
+CHUNK = 2**16
+MAX_DIGITS = 20  # of a Content-Length
 
 
 class RequestFailed(RewardError):
@@ -37,14 +42,41 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def urllib_transport(url: str, body: bytes, headers: Mapping[str, str], timeout: float) -> tuple[int, bytes]:
-    """One POST. `timeout` holds for connecting, and then for each wait for bytes."""
+    """One POST. `timeout` holds for each wait for bytes, and for the body as a whole: a server that drips is given up as well.
+
+    Raises:
+        `OSError`, `http.client.HTTPException`: Where there is no answer in time.
+        [`RequestFailed`]: For an answer of more than `MAX_ANSWER` bytes.
+    """
     request = urllib.request.Request(url, data=body, headers=dict(headers), method="POST")
     try:
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout) as response:
-            return response.status, response.read()
+            return response.status, _read(response, url, timeout)
     except urllib.error.HTTPError as error:  # any status that is not a success
         with error:
-            return error.code, error.read()
+            return error.code, _read(error, url, timeout)
+
+
+def _read(response: Any, url: str, timeout: float) -> bytes:
+    """The body, as it comes: `read()` would wait for all of it, however long that takes."""
+    deadline = time.monotonic() + timeout
+    length = response.headers.get("Content-Length", "")
+    expected = int(length) if length.isdecimal() and len(length) < MAX_DIGITS else None
+    parts: list[bytes] = []
+    size = 0
+    while part := response.read1(CHUNK):
+        parts.append(part)
+        size += len(part)
+        if size > MAX_ANSWER:
+            raise RequestFailed(f"the reward server {url} answered with more than {MAX_ANSWER} bytes.")
+        if size == expected:  # `read1` of Python 3.11 does not count, and would wait for the end of the connection
+            break
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    body = b"".join(parts)
+    if expected is not None and size != expected:  # `read1` takes a broken connection for the end
+        raise http.client.IncompleteRead(body)
+    return body
 
 
 class Client:
@@ -54,7 +86,7 @@ class Client:
 
     Args:
         url (`str`): http or https.
-        timeout (`float`): seconds to wait, for each attempt.
+        timeout (`float`): seconds of each attempt to wait for the answer to begin, and then for all of it.
         retries (`int`): attempts after the first.
         backoff (`float`): seconds before the first of them; each further wait is twice the one before.
         concurrency (`int`): requests under way at once.
@@ -121,6 +153,8 @@ class Client:
         for attempt, pause in enumerate([*self.waits, None], start=1):
             try:
                 status, answer = self.transport(self.url, body, headers, self.timeout)
+            except RequestFailed as error:
+                return error
             except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
                 problem = self._describe(error)
             else:

@@ -32,6 +32,10 @@ SHIPPED = {
 }
 
 
+# What needs an environment of its own.
+SERVED = ("hpsv3", "geneval")
+
+
 def load_reward(reward: Any, **kwargs: Any) -> Callable[..., Any]:
     """A reward function from what a user may write.
 
@@ -44,24 +48,29 @@ def load_reward(reward: Any, **kwargs: Any) -> Callable[..., Any]:
     """
     if not isinstance(reward, str):
         return reward
-    if reward.startswith(("http://", "https://")):
+    scheme, separator, rest = reward.partition("://")
+    if separator and scheme.lower() in ("http", "https"):
         from dpok_trl.rewards.remote import RemoteReward
 
-        return RemoteReward(reward, **kwargs)
+        return RemoteReward(f"{scheme.lower()}://{rest}", **kwargs)
     if reward in SHIPPED:
         return _attribute(SHIPPED[reward])(**kwargs)
     _refuse_half_an_address(reward)
     if ":" in reward:
         found = _attribute(reward)
         if isinstance(found, type):
-            return found(**kwargs)
-        if kwargs:
+            found = found(**kwargs)
+        elif kwargs:
             raise ValueError(
                 f"'{reward}' is a function and takes no {', '.join(kwargs)}; only classes are made with arguments."
             )
+        if not callable(found):
+            raise ValueError(f"'{reward}' is {found!r} of type {type(found).__name__}: a reward is something to call.")
         return found
-    close = difflib.get_close_matches(reward, SHIPPED, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(reward.lower(), SHIPPED, n=1, cutoff=0.4)
     hint = f" Did you mean '{close[0]}'?" if close else ""
+    if reward.lower() in SERVED:
+        hint = " It runs in an environment of its own, behind an address: docs/remote-rewards.md has its server."
     module, dot, name = reward.rpartition(".")
     if dot and all(part.isidentifier() for part in reward.split(".")):
         hint = f" For a function of yours write '{module}:{name}', with a colon."
@@ -84,6 +93,8 @@ def load_on_device(name: str, device: str | None, default: str | None = None) ->
     """
     if "" not in sys.path:
         sys.path.insert(0, "")
+    for given in {device, default} - {None}:
+        _refuse_no_device(given)
     reward = load_reward(name)
     if callable(getattr(reward, "to", None)):
         if device or default:
@@ -96,6 +107,15 @@ def load_on_device(name: str, device: str | None, default: str | None = None) ->
 def shipped_rewards() -> list[RewardInfo]:
     """What the shipped rewards say of themselves; loads no weights."""
     return [_attribute(place).info for place in SHIPPED.values()]
+
+
+def _refuse_no_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"'{device}' is no device: write cpu, cuda, cuda:1 or the like ({error}).") from error
 
 
 def _refuse_half_an_address(reward: str) -> None:
@@ -111,12 +131,16 @@ def _refuse_half_an_address(reward: str) -> None:
 
 def _attribute(place: str) -> Any:
     module_name, _, name = place.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), name]):
+        raise ValueError(f"'{place}' is no module and function: write 'module:function', as in 'mine:sharpness'.")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name != module_name and not module_name.startswith(f"{error.name}."):
             raise  # something that the module itself needs
         raise ValueError(f"there is no module '{module_name}' (of '{place}'); is it on PYTHONPATH?") from error
+    except SyntaxError as error:
+        raise ValueError(f"the module '{module_name}' is no Python: {error}.") from error
     if not hasattr(module, name):
         close = difflib.get_close_matches(name, dir(module), n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
