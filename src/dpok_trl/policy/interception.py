@@ -61,7 +61,8 @@ class Networks:
         dtypes (`Mapping[str, torch.dtype]`): What the pipeline takes their dtype for: the one it was loaded in. Asked for once, since diffusers looks at
             every module of a network for an answer.
         device (`torch.device`): Likewise.
-        hooked (`Mapping[str, Sequence[torch.nn.Module]]`): Likewise: the modules of each denoiser that carry a hook of diffusers (offloading, casting).
+        modules (`Mapping[str, Sequence[torch.nn.Module]]`): All modules of each denoiser, listed once: in every call a pipeline looks through them for
+            hooks, thousands of them in a large network, and walking the tree is most of that work.
         master_weights (`bool`): The denoisers are kept in fp32, whatever the pipeline's dtype (full fine-tuning).
         absent (`Collection[str]`): Components that are off the device; a replay needs none of them.
         memo ([`PromptMemo`], *optional*): Stands in for `encode_prompt`. `None`: text encoders train, or there is no such method.
@@ -72,7 +73,7 @@ class Networks:
     denoisers: Mapping[str, torch.nn.Module]
     dtypes: Mapping[str, torch.dtype]
     device: torch.device
-    hooked: Mapping[str, Sequence[torch.nn.Module]]
+    modules: Mapping[str, Sequence[torch.nn.Module]]
     master_weights: bool
     absent: Collection[str]
     memo: PromptMemo | None
@@ -100,11 +101,11 @@ class Proxy:
         answer: Callable[..., Any],
         dtype: torch.dtype,
         device: torch.device,
-        hooked: Sequence[torch.nn.Module] = (),
+        modules: Sequence[torch.nn.Module] | None = None,
     ):
         self._component = component
         self._answer = answer
-        self._hooked = hooked
+        self._listed = modules
         self.dtype = dtype
         self.device = device
 
@@ -113,8 +114,7 @@ class Proxy:
         return type(self._component)  # pipelines ask `isinstance`
 
     def modules(self) -> Iterator[torch.nn.Module]:
-        # In every call a pipeline looks through all modules for diffusers' hooks, thousands of them in a large network.
-        return iter(self._hooked)
+        return self._component.modules() if self._listed is None else iter(self._listed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._answer(args, kwargs)
@@ -146,7 +146,7 @@ def intercepted(pipe: DiffusionPipeline, answers: Answers, networks: Networks) -
         swapped["safety_checker"] = None
     for name, module in networks.denoisers.items():
         swapped[name] = Proxy(
-            module, _denoise_as(answers, name), networks.dtypes[name], networks.device, networks.hooked[name]
+            module, _denoise_as(answers, name), networks.dtypes[name], networks.device, networks.modules[name]
         )
     for name in networks.absent:
         swapped[name] = Proxy(getattr(pipe, name), _absent(name), getattr(pipe, name).dtype, networks.device)

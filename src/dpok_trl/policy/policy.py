@@ -324,14 +324,15 @@ class Policy(nn.Module):
         if recording is None:
             dtypes = {name: tuned.frozen.get(name, module).dtype for name, module in tuned.denoisers.items()}
             device = self.pipe._execution_device
-            hooked = {name: hooked_modules(name, module) for name, module in tuned.denoisers.items()}
+            modules = {name: list(module.modules()) for name, module in tuned.denoisers.items()}
+            refuse_caches(modules)
         else:
-            dtypes, device, hooked = recording.dtypes, recording.device, recording.hooked
+            dtypes, device, modules = recording.dtypes, recording.device, recording.modules
         return Networks(
             denoisers=tuned.answering,
             dtypes=dtypes,
             device=device,
-            hooked=hooked,
+            modules=modules,
             master_weights=bool(tuned.frozen) and tuned.answering is tuned.denoisers,
             absent=self.offloaded,
             memo=self.memo,
@@ -434,14 +435,10 @@ def refuse_unknown_arguments(pipe: DiffusionPipeline, call_kwargs: dict[str, Any
             )
 
 
-def hooked_modules(name: str, module: nn.Module) -> list[nn.Module]:
-    """The modules of a network that carry a hook of diffusers.
-
-    Raises:
-        [`UnsupportedPipelineError`]: Where a cache hook would reuse one step's activations in another: a replay skips steps.
-    """
-    hooked = [part for part in module.modules() if hasattr(part, "_diffusers_hook")]
-    for part in hooked:
+def refuse_caches(modules: Mapping[str, Sequence[nn.Module]]) -> None:
+    """Raises [`UnsupportedPipelineError`] where a cache hook would reuse one step's activations in another: a replay skips steps."""
+    hooked = [(name, part) for name, parts in modules.items() for part in parts if hasattr(part, "_diffusers_hook")]
+    for name, part in hooked:
         stateful = [hook for hook in part._diffusers_hook.hooks.values() if hook._is_stateful]
         if stateful:
             raise UnsupportedPipelineError(
@@ -449,4 +446,3 @@ def hooked_modules(name: str, module: nn.Module) -> list[nn.Module]:
                 "step; a step of such a policy depends on more than its latents and cannot be replayed alone. Take the hook out first "
                 "(`disable_cache()`)."
             )
-    return hooked

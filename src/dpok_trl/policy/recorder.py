@@ -25,7 +25,7 @@ class Recording:
     Args:
         device (`torch.device`): Where the pipeline computes and the generators draw.
         dtypes (`dict[str, torch.dtype]`): Of the denoisers, as the pipeline sees them.
-        hooked (`dict[str, list[torch.nn.Module]]`): Their modules that carry a hook of diffusers.
+        modules (`dict[str, list[torch.nn.Module]]`): All of each.
         scheduler (`str`): Class and config of the scheduler.
         grid ([`SchedulerGrid`]): Of the steps that the pipeline walked: an image-to-image pipeline starts in the middle of its scheduler's.
         begin (`int`): Where in the scheduler's grid.
@@ -38,7 +38,7 @@ class Recording:
 
     device: torch.device
     dtypes: Mapping[str, torch.dtype]
-    hooked: Mapping[str, Sequence[torch.nn.Module]]
+    modules: Mapping[str, Sequence[torch.nn.Module]]
     scheduler: str
     grid: SchedulerGrid
     begin: int
@@ -123,6 +123,11 @@ class Recorder:
                 f"the latents have {len(sample)} rows for {len(self.generators)} prompts: the pipeline gives `scheduler.step` several rows of one sample (frames of a "
                 "video, windows of a panorama), whose order is not known."
             )
+        if model_output.shape != sample.shape:
+            raise UnsupportedPipelineError(
+                f"`scheduler.step` got a model output of shape {tuple(model_output.shape)} for latents of shape {tuple(sample.shape)}: the network predicts its variance "
+                "too (take a scheduler with variance_type='fixed_small'), or the pipeline cuts the batch."
+            )
         if index == len(self.recording.grid):
             raise UnsupportedPipelineError(
                 f"the pipeline calls `scheduler.step` more often than its scheduler has timesteps ({len(self.recording.grid)}): it repeats steps, gives "
@@ -156,7 +161,7 @@ class Recorder:
         self.recording = Recording(
             device=self.networks.device,
             dtypes=self.networks.dtypes,
-            hooked=self.networks.hooked,
+            modules=self.networks.modules,
             scheduler=self._scheduler,
             grid=grid,
             begin=begin,
