@@ -22,7 +22,8 @@ from dpok_trl.rewards.protocol import encode_picture, excerpt, to_pictures
 
 logger = logging.getLogger(__name__)
 
-FINAL_SCORE = r"Final Score:\s*([-+]?\d+(?:\.\d+)?)"  # how UnifiedReward ends its answer
+# How UnifiedReward ends its answer, in bold or not. Of "1e3" or "4,5" the first digits are not the number.
+FINAL_SCORE = r"Final Score:[\s*]*([-+]?\d+(?:\.\d+)?)(?!\d|[.,]\d|[eE][-+]?\d)"
 TOP_LOGPROBS = 20  # the most that OpenAI and, by default, vLLM give
 
 # What a request asks for besides its messages.
@@ -194,13 +195,12 @@ class VLMJudge:
             if self.mode == "score":
                 return self._number(text), text
             first, *_ = choice["logprobs"]["content"]
-            tops = [(top["token"], float(top["logprob"])) for top in first["top_logprobs"]]
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+            return yes_probability([(top["token"], float(top["logprob"])) for top in first["top_logprobs"]]), text
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             hint = "" if self.mode == "score" else " A server that gives no log-probabilities needs mode='score'."
             raise RewardError(
                 f"{self.client.url} gave an answer that cannot be read ({type(error).__name__}: {error}); it begins {excerpt(body)}.{hint}"
             ) from error
-        return yes_probability(tops), text
 
     def _number(self, text: str) -> float:
         matches = list(self.pattern.finditer(text))
