@@ -252,6 +252,10 @@ def test_other_paths_and_requests_without_a_length():
             connection.sendall(b"POST / HTTP/1.0\r\n\r\n")
             with connection.makefile("rb") as answer:
                 assert b"411" in answer.readline()
+        with socket.create_connection(("127.0.0.1", port_of(url)), timeout=5) as connection:
+            connection.sendall(b"POST / HTTP/1.0\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n")
+            with connection.makefile("rb") as answer:
+                assert b"400" in answer.readline()
 
 
 def test_a_client_that_leaves_does_not_stop_the_server():

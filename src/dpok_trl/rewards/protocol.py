@@ -69,8 +69,10 @@ def decode_picture(text: Any, position: int) -> Image.Image:
                 f'"images"[{position}] has {picture.width} x {picture.height} pixels, more than {MAX_PIXELS} in all'
             )
         picture.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        # SyntaxError is Pillow's word for a PNG with a broken chunk.
+    except ProtocolError:
+        raise
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        # SyntaxError is Pillow's word for a PNG with a broken chunk, ValueError for one whose text unpacks to too much, or is cut off.
         raise ProtocolError(f'"images"[{position}] cannot be read as a PNG, JPEG or WebP picture ({error})') from error
     return picture
 

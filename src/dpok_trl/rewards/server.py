@@ -26,6 +26,7 @@ Scorer = Callable[[list[Image.Image], list[str], list[Any]], tuple[Sequence[floa
 
 DEFAULT_MAX_BYTES = 256 * 2**20
 DISCARD_BYTES = 2**20
+MAX_DIGITS = 18  # of a Content-Length: Python refuses to read thousands of them
 UNPROCESSABLE = 422  # the reward raised: no 5xx, which is asked again, since it would only raise again
 
 
@@ -99,6 +100,8 @@ class RewardHandler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isascii() or not length.isdigit():
             return self._fail(411, "the request has no Content-Length")
+        if len(length) > MAX_DIGITS:
+            return self._fail(400, f"a Content-Length of {len(length)} digits")
         if int(length) > self.server.max_bytes:
             self._discard(int(length))
             return self._fail(
