@@ -1,5 +1,7 @@
 """CLIPScore and PickScore against transformers' own `CLIPModel.forward`; pixels against its own image processor."""
 
+import shutil
+
 import numpy as np
 import pytest
 import tiny_clip
@@ -82,6 +84,26 @@ def test_long_prompt_is_cut(folder):
     long = " ".join(["two dogs"] * 40)
     scores = PickScore(folder, tokenizer=folder)(PICTURES[:1] * 2, [long, long + " a rabbit"])
     assert scores[0] == scores[1]
+
+
+def test_a_prompt_that_is_cut_is_told_once(folder, caplog):
+    reward = CLIPScore(folder)
+    full, longer = " ".join(["dogs"] * 18), " ".join(["dogs"] * 19)
+    with caplog.at_level("WARNING", logger="dpok_trl"):
+        reward(PICTURES[:2], [full, "two dogs"])
+        assert caplog.messages == []
+        reward(PICTURES[:2], [full, longer])
+        reward(PICTURES[:1], [longer + " dogs"])
+    assert len(caplog.messages) == 1
+    assert "clip-score reads the first 20 tokens of a prompt; this one has 21" in caplog.messages[0]
+
+
+def test_half_a_file_is_named(folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(RewardError, match=f"CLIP model {broken}"):
+        CLIPScore(broken)(PICTURES[:1], ["two dogs"])
 
 
 def test_half_precision_keeps_the_scale(folder, oracle):

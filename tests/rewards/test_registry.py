@@ -3,7 +3,10 @@
 import importlib
 
 import pytest
+import torch
 
+from dpok_trl.rewards.base import RewardError, score_batch
+from dpok_trl.rewards.binding import BoundReward, RewardInputs
 from dpok_trl.rewards.info import RewardInfo
 from dpok_trl.rewards.registry import SHIPPED, load_reward, shipped_rewards
 from dpok_trl.rewards.remote import RemoteReward
@@ -167,3 +170,18 @@ def test_what_a_module_itself_lacks_is_not_taken_for_the_module(needed, module):
     module("my_rewards_with_imports", f"import {needed}\n")
     with pytest.raises(ModuleNotFoundError, match=f"No module named '{needed}'"):
         load_reward("my_rewards_with_imports:reward")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_videos_are_refused_in_one_sentence(name):
+    videos = torch.rand(2, 3, 3, 16, 16)
+    bound = BoundReward(load_reward(name))
+    with pytest.raises(
+        RewardError, match=r"scores pictures and was given videos .* with one frame of each, such as `.*`\."
+    ):
+        score_batch(bound, RewardInputs(videos, ("a red square",) * 2, ({"text": "x"},) * 2))
+
+
+def test_videos_are_refused_by_the_client():
+    with pytest.raises(ValueError, match=r"was given videos .*`images\[:, 0\]`"):
+        load_reward("http://localhost:8000")(torch.rand(2, 3, 3, 16, 16), ["a", "b"])

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from dpok_trl.rewards.base import RewardError
 from dpok_trl.rewards.client import Client, RequestFailed, urllib_transport
@@ -121,7 +121,7 @@ def test_a_tensor_is_sent_in_8_bits():
     assert np.asarray(picture)[..., 0].tolist() == [[0, 0, 1], [255, 255, 0]]
     exact = torch.arange(256).float().div(255).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
     assert torch.equal(to_tensor(to_pictures(exact)), exact)
-    for wrong in (torch.zeros(2, 5, 3, 4, 4), torch.zeros(2, 4, 4, 4)):
+    for wrong in (torch.zeros(3, 4, 4), torch.zeros(2, 4, 4, 4)):
         with pytest.raises(ValueError, match=r"must be of shape \(B, 3, H, W\); got"):
             to_pictures(wrong)
 
@@ -490,6 +490,16 @@ def test_wrong_arguments_are_refused():
 def test_a_malformed_request_is_named(request_body, words):
     with pytest.raises(ProtocolError, match=words):
         decode_request(request_body)
+
+
+def test_a_text_chunk_that_unpacks_to_too_much_is_a_malformed_request():
+    """Pillow raises a ValueError for it."""
+    file, text = io.BytesIO(), PngImagePlugin.PngInfo()
+    text.add_text("a", "x" * 2**21, zip=True)
+    Image.new("RGB", (4, 4)).save(file, format="PNG", pnginfo=text)
+    body = {"images": [base64.b64encode(file.getvalue()).decode()], "prompts": ["a"]}
+    with pytest.raises(ProtocolError, match=r'"images"\[0\] cannot be read as a PNG, JPEG or WebP picture'):
+        decode_request(json.dumps(body).encode())
 
 
 def test_a_small_file_of_many_pixels_is_refused():

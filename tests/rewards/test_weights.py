@@ -74,6 +74,20 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("name", ["half.pt", "old.pt", "half.safetensors"])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.9])
+def test_half_a_file_is_named(name, kept, tmp_path):
+    path = tmp_path / name
+    if name == "half.safetensors":
+        save_file(TENSORS, path)
+    else:
+        torch.save(TENSORS, path, _use_new_zipfile_serialization=name == "half.pt")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(RewardError, match=f"{name} is (broken|refused)"):
+        load_state_dict(tmp_path, name)
+
+
 def test_not_a_state_dict(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     torch.save({"a": torch.zeros(3), "step": 7}, tmp_path / "mixed.pt")
@@ -282,7 +296,9 @@ def test_nothing_to_score():
 
 
 def test_video_frames_are_no_picture():
-    with pytest.raises(ValueError, match="area scores PIL pictures; got an object of type list"):
+    with pytest.raises(
+        ValueError, match=r"area scores pictures and was given videos.*such as `\[frames\[0\] for frames in images\]`"
+    ):
         Area("w")([PICTURES], ["p"])
 
 

@@ -34,7 +34,7 @@ class Aesthetic(ModelReward):
         weights (`str` or `Path`): of the head: a Hub id, a folder with `aesthetic-model.pth`, or the file (`.safetensors` as well).
         clip (`str` or `Path`): a Hub id or a folder. The model is shared with `clip-score`.
 
-    `revision` is that of the head; the others are those of [`ModelReward`]. The head stays in float32.
+    `revision` is that of the head alone: to pin the CLIP model, give its folder. The others are those of [`ModelReward`]. The head stays in float32.
     """
 
     info = RewardInfo(

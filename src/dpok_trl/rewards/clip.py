@@ -78,6 +78,7 @@ def load_clip(
     dtype: torch.dtype = torch.float32,
 ) -> Clip:
     """A CLIP model in the format of transformers, from a Hub id or a folder; the same one for all rewards that ask for it."""
+    from safetensors import SafetensorError
     from transformers import CLIPModel, CLIPTokenizer
 
     def load() -> Clip:
@@ -87,6 +88,8 @@ def load_clip(
             )
         except OSError as error:
             raise RewardError(f"could not get the CLIP model {weights}: {error}") from error
+        except (SafetensorError, RuntimeError) as error:  # half a file, or tensors of other shapes
+            raise RewardError(f"the weights of the CLIP model {weights} cannot be read: {error}") from error
         # Old checkpoints hold `position_ids`, which are no weights.
         unexpected = {key for key in report["unexpected_keys"] if not key.endswith("position_ids")}
         check_keys(weights, missing=report["missing_keys"], unexpected=unexpected)
@@ -104,7 +107,7 @@ class ClipReward(ModelReward):
         weights (`str` or `Path`, *optional*): a Hub id or a folder; by default the published ones.
         tokenizer (`str` or `Path`, *optional*): a Hub id or a folder; by default what belongs to the published weights.
 
-    The others are those of [`ModelReward`].
+    The others are those of [`ModelReward`]. `revision` pins the weights, and a tokenizer that lies beside them.
     """
 
     default_weights: str
@@ -132,6 +135,7 @@ class ClipReward(ModelReward):
     def _score(self, model: Clip, images: list[Image.Image], prompts: list[str]) -> Tensor:
         distinct = list(dict.fromkeys(prompts))
         row = {prompt: index for index, prompt in enumerate(distinct)}
+        self._tell_of_a_cut(model.tokenizer, distinct, model.max_tokens)
         texts = self._batched(model.embed_prompts, distinct)[[row[prompt] for prompt in prompts]]
         return self._of_cosine((self._batched(model.embed_images, images) * texts).sum(dim=-1), model)
 

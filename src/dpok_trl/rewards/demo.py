@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dpok_trl.demo.world import REWARDS
 from dpok_trl.rewards.info import RewardInfo
+from dpok_trl.rewards.pictures import refuse_videos
 
 
 class _DemoReward:
@@ -24,6 +25,7 @@ class _DemoReward:
         Returns:
             `tuple[torch.Tensor, dict]`: The rewards `(B,)`, and what the function of the demo world says besides.
         """
+        refuse_videos(self.info.name, images)
         return REWARDS[self.info.name.removeprefix("demo-")](images, prompts, None)
 
 

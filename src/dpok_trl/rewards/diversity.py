@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dpok_trl.rewards.info import RewardInfo
+from dpok_trl.rewards.pictures import refuse_videos
 from dpok_trl.rewards.weights import in_turn
 
 
@@ -21,6 +22,7 @@ THUMBNAIL = 8  # pixels on a side
 
 def thumbnails(images: Sequence[Image.Image]) -> Tensor:
     """`(B, 192)`: the picture's mean colours on a grid of 8 x 8, scaled so that black and white are at distance 1 and nothing is further."""
+    refuse_videos("diversity", images)
     small = [image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX) for image in images]
     colours = torch.from_numpy(np.stack([np.asarray(image) for image in small])).float().flatten(1) / 255
     return colours / colours.shape[1] ** 0.5
@@ -116,6 +118,8 @@ class PairwiseDiversity:
 
     def _clip_features(self, images: Sequence[Image.Image]) -> Tensor:
         from dpok_trl.rewards.clip import load_clip
+
+        refuse_videos("diversity", images)
 
         with in_turn:
             if self.device is None:

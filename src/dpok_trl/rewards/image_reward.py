@@ -8,7 +8,6 @@ what makes transformers build cross-attention).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from dpok_trl.rewards.info import RewardInfo
 from dpok_trl.rewards.pictures import openai_clip_pixels
 from dpok_trl.rewards.weights import ModelReward, build, load_state_dict, load_tokenizer, shared
 
-
-logger = logging.getLogger(__name__)
 
 FILE = "ImageReward.pt"
 VISION = {
@@ -187,7 +184,6 @@ class ImageReward(ModelReward):
         super().__init__(weights, revision=revision, device=device, dtype=dtype, batch_size=batch_size)
         self.tokenizer_name = str(tokenizer)
         self.tokenizer: Any = None
-        self._warned = False
 
     def _load(self) -> nn.Module:
         self.tokenizer = make_tokenizer(self.tokenizer_name)
@@ -215,22 +211,6 @@ class ImageReward(ModelReward):
         """The token ids of each distinct prompt, [CLS] first."""
         distinct = list(dict.fromkeys(prompts))
         token_ids = self.tokenizer(distinct, truncation=True, max_length=MAX_TOKENS)["input_ids"]
-        if not self._warned:
-            self._warn_of_the_first_cut(
-                [prompt for prompt, ids in zip(distinct, token_ids, strict=True) if len(ids) == MAX_TOKENS]
-            )
+        full = [prompt for prompt, ids in zip(distinct, token_ids, strict=True) if len(ids) == MAX_TOKENS]
+        self._tell_of_a_cut(self.tokenizer, full, MAX_TOKENS)
         return dict(zip(distinct, token_ids, strict=True))
-
-    def _warn_of_the_first_cut(self, full: Sequence[str]) -> None:
-        for prompt in full:
-            length = len(self.tokenizer(prompt, verbose=False)["input_ids"])
-            if length > MAX_TOKENS:
-                logger.warning(
-                    "image-reward reads the first %d tokens of a prompt; this one has %d, and what it asks for at its end is not "
-                    "rewarded (said once): %r",
-                    MAX_TOKENS,
-                    length,
-                    prompt,
-                )
-                self._warned = True
-                return

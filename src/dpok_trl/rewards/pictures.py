@@ -8,6 +8,7 @@ pixels on machines where torchvision is installed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,14 +33,27 @@ def to_pictures(images: Sequence[Image.Image] | Tensor) -> list[Image.Image]:
     """
     if not isinstance(images, Tensor):
         pictures = list(images)
+        refuse_videos("this reward", pictures)
         for position, picture in enumerate(pictures):
             if not isinstance(picture, Image.Image):
                 raise ValueError(f"image {position} must be a PIL picture, it is a {type(picture).__name__}.")
         return pictures
+    refuse_videos("this reward", images)
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be of shape (B, 3, H, W); got {tuple(images.shape)}.")
     scaled = images.detach().to("cpu", torch.float32).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255
     return [Image.fromarray(pixels) for pixels in np.round(scaled).astype(np.uint8)]
+
+
+def refuse_videos(name: str, images: Sequence[Any] | Tensor) -> None:
+    """Raises a `ValueError` for videos: a tensor `(B, F, 3, H, W)`, or lists of frames in place of pictures."""
+    in_tensor = isinstance(images, Tensor)
+    if images.ndim == 5 if in_tensor else any(isinstance(image, (list, tuple)) for image in images):
+        frame = "images[:, 0]" if in_tensor else "[frames[0] for frames in images]"
+        raise ValueError(
+            f"{name} scores pictures and was given videos (each is a list of frames; as a tensor, (B, F, 3, H, W)): call it in a function of yours with "
+            f"one frame of each, such as `{frame}`."
+        )
 
 
 def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:

@@ -7,7 +7,9 @@ and a model that two rewards ask for is loaded once.
 from __future__ import annotations
 
 import abc
+import logging
 import pickle
+import struct
 import threading
 import weakref
 import zipfile
@@ -21,9 +23,13 @@ from torch import Tensor, nn
 
 from dpok_trl.rewards.base import RewardError
 from dpok_trl.rewards.info import RewardInfo
+from dpok_trl.rewards.pictures import refuse_videos
 
+
+logger = logging.getLogger(__name__)
 
 LISTED = 5  # keys that an error lists before it only counts
+BROKEN = "is broken, or was not copied to its end"
 Item = TypeVar("Item")
 
 
@@ -81,18 +87,24 @@ def load_state_dict(weights: str | Path, filename: str, revision: str | None = N
     A checkpoint that keeps them one level deeper, under `"state_dict"`, is unwrapped. Arguments as in [`find_file`].
 
     Raises:
-        [`RewardError`]: if there is no such file, or it holds anything but tensors.
+        [`RewardError`]: if there is no such file, it is broken, or it holds anything but tensors.
     """
     path = find_file(weights, filename, revision)
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise RewardError(f"{path} {BROKEN} ({error}).") from error
     try:
         # Checkpoints from before torch 1.6 are no zip archives, and only those can be mapped.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, EOFError) as error:
+    except pickle.UnpicklingError as error:
         raise RewardError(f"{path} is refused: it does not hold tensors alone ({error}).") from error
+    except (EOFError, RuntimeError, ValueError, LookupError, struct.error) as error:  # what torch says of half a file
+        raise RewardError(f"{path} {BROKEN} ({type(error).__name__}: {error}).") from error
     if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("state_dict"), Mapping):
         checkpoint = checkpoint["state_dict"]
     if not isinstance(checkpoint, Mapping):
@@ -200,7 +212,8 @@ class ModelReward(abc.ABC):
 
     Args:
         weights (`str` or `Path`): a Hub id, a folder or a file.
-        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        revision (`str`, *optional*): branch, tag or commit of the weights on the Hub. A tokenizer or another model from elsewhere is not pinned by it:
+            to pin that, give a folder.
         device (`str` or `torch.device`, *optional*): where it runs. `None` is not decided: [`~ModelReward.to`] decides, or the first call, for the CPU.
         dtype (`torch.dtype`): of the network. Heads and cosines are computed in float32 whatever it is.
         batch_size (`int`): pictures (and prompts) in one forward pass.
@@ -229,6 +242,7 @@ class ModelReward(abc.ABC):
         self.dtype = dtype
         self.batch_size = batch_size
         self._model: nn.Module | None = None
+        self._told_of_a_cut = False
 
     def to(self, device: str | torch.device) -> ModelReward:
         """Where it runs from now on. What is loaded moves at once, so `.to("cpu")` frees the memory of a GPU."""
@@ -261,6 +275,21 @@ class ModelReward(abc.ABC):
         size = self.batch_size
         return torch.cat([function(items[start : start + size]) for start in range(0, len(items), size)])
 
+    def _tell_of_a_cut(self, tokenizer: Any, prompts: Sequence[str], limit: int) -> None:
+        """Logs once, of the first of the prompts with more tokens than the network reads."""
+        for prompt in () if self._told_of_a_cut else prompts:
+            length = len(tokenizer(prompt, verbose=False)["input_ids"])
+            if length > limit:
+                logger.warning(
+                    "%s reads the first %d tokens of a prompt; this one has %d, and what it asks for at its end is not rewarded (said once): %r",
+                    self.info.name,
+                    limit,
+                    length,
+                    prompt,
+                )
+                self._told_of_a_cut = True
+                return
+
     @abc.abstractmethod
     def _load(self) -> nn.Module:
         """The network, frozen, on any device; through [`shared`], so that rewards can share it."""
@@ -277,6 +306,7 @@ def check_pictures(name: str, images: Sequence[Image.Image], prompts: Sequence[s
         raise ValueError(
             f"{name} needs one prompt for each picture, and at least one; got {len(images)} pictures and {len(prompts)} prompts."
         )
+    refuse_videos(name, images)
     for image in images:
         if not isinstance(image, Image.Image):
             raise ValueError(f"{name} scores PIL pictures; got an object of type {type(image).__name__} among them.")
