@@ -34,6 +34,7 @@ class Width:
 def folder(tmp_path, monkeypatch):
     """The current folder, with a module of the user and three pictures."""
     (tmp_path / "mine_for_the_cli.py").write_text(MODULE)
+    (tmp_path / "no_python_for_the_cli.py").write_text("def f(:\n")
     for name, picture in zip(("a", "b", "c"), sample_pictures(), strict=False):
         picture.save(tmp_path / f"{name}.png")
     monkeypatch.chdir(tmp_path)
@@ -180,8 +181,10 @@ def test_what_does_not_apply_and_what_fails(capsys, folder):
             ["score", "mine_for_the_cli:math", "a.png", "--prompt", "x"],
             "of type module: a reward is something to call",
         ),
+        (["check", "clip-score", "--device", "cuda:99"], "'cuda:99' is no device of this machine"),
+        (["check", "no_python_for_the_cli:f"], "the module 'no_python_for_the_cli' is no Python: "),
         (["check", ".m:f"], "'.m:f' is no module and function"),
-        (["check", "clip-score", "--device", "nonsense"], "'nonsense' is no device: write cpu, cuda,"),
+        (["check", "clip-score", "--device", "nonsense"], "'nonsense' is no device of this machine"),
         (["check", "demo-soft", "--device", "cpu"], "has no method `to`, so --device cpu would do nothing"),
         (["score", "demo-soft", "missing.png", "--prompt", "x"], "No such file or directory: 'missing.png'"),
         (["score", "demo-soft", "mine_for_the_cli.py", "--prompt", "x"], "cannot identify image file"),

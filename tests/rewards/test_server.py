@@ -281,6 +281,7 @@ def module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     (tmp_path / "my_rewards.py").write_text(
+        "CONSTANT = 3\n"
         "class Red:\n"
         "    def __call__(self, images, prompts):\n        return [float(image.getpixel((0, 0))[0]) for image in images]\n"
         "    def to(self, device):\n        self.device = device\n"
@@ -322,3 +323,7 @@ def test_wrong_arguments(module, capsys):
         serve_reward.make_server(arguments("diversity"))
     with pytest.raises(ValueError, match="my_rewards"):
         serve_reward.make_server(arguments("my_rewards:lenght"))
+    with pytest.raises(ValueError, match="my_rewards:CONSTANT' is 3 of type int: a reward is something to call"):
+        serve_reward.make_server(arguments("my_rewards:CONSTANT"))
+    with pytest.raises(ValueError, match="'cuda:99' is no device of this machine"):
+        serve_reward.make_server(arguments("my_rewards:Red", "--device", "cuda:99"))

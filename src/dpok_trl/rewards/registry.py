@@ -93,11 +93,10 @@ def load_on_device(name: str, device: str | None, default: str | None = None) ->
     """
     if "" not in sys.path:
         sys.path.insert(0, "")
-    for given in {device, default} - {None}:
-        _refuse_no_device(given)
     reward = load_reward(name)
     if callable(getattr(reward, "to", None)):
         if device or default:
+            _refuse_no_device(device or default)
             reward.to(device or default)
     elif device is not None:
         raise ValueError(f"{name} has no method `to`, so --device {device} would do nothing: leave it away.")
@@ -113,9 +112,11 @@ def _refuse_no_device(device: str) -> None:
     import torch
 
     try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"'{device}' is no device: write cpu, cuda, cuda:1 or the like ({error}).") from error
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
+        raise ValueError(
+            f"'{device}' is no device of this machine ({error}). There is cpu, or cuda, cuda:1 with a GPU."
+        ) from error
 
 
 def _refuse_half_an_address(reward: str) -> None:
