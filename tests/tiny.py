@@ -188,7 +188,9 @@ def nudge(module: torch.nn.Module, scale: float = 0.3) -> None:
 def with_adapter(pipe, rank: int = 4, alpha: int = 4, nudged: bool = False):
     """Adds a LoRA adapter to the denoiser of `pipe`."""
     for module in PipelineHooks().denoisers(pipe).values():
-        prepare_adapter(module, LoraConfig(r=rank, lora_alpha=alpha, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        prepare_adapter(
+            module, LoraConfig(r=rank, lora_alpha=alpha, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+        )
         if nudged:
             nudge(module)
     return pipe

@@ -146,7 +146,11 @@ def _row_if_untouched_raises(pipe: DiffusionPipeline, row: Row, error: Exception
         report = check_pipeline(pipe, prompts=PROMPTS, **call_arguments(pipe))
     except Exception:
         return replace(row, detail=f"the untouched pipeline raises {_in_words(error)}")
-    return replace(row, verdict=FAILS if report.ok else REFUSED, detail=report.reason or f"the untouched pipeline raises {_in_words(error)}")
+    return replace(
+        row,
+        verdict=FAILS if report.ok else REFUSED,
+        detail=report.reason or f"the untouched pipeline raises {_in_words(error)}",
+    )
 
 
 def _without_scheduler(pipe: DiffusionPipeline, name: str, group: str) -> Row:
