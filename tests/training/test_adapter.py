@@ -327,11 +327,11 @@ def test_a_run_with_text_encoders_is_resumed_bit_for_bit(make_trainer, adapter, 
 def test_a_peft_config_for_each_component(make_trainer, adapter):
     configs = {
         "unet": LoraConfig(r=2, target_modules=["conv1"]),
-        "text_encoder": LoraConfig(r=3, target_modules=["fc1"]),
+        "text_encoder": LoraConfig(r=3, target_modules=["q_proj"]),
     }
     trainer = make_trainer(train_text_encoder=True, peft_config=configs, **TRAIN)
     shapes = {name: tuple(value.shape) for name, value in adapter(trainer).items()}
-    assert all(("conv1" in name) if name.startswith("networks.unet") else ("fc1" in name) for name in shapes)
+    assert all(("conv1" in name) if name.startswith("networks.unet") else ("q_proj" in name) for name in shapes)
     assert {s[0] for n, s in shapes.items() if "lora_A" in n and "text_encoder" in n} == {3}
     trainer.train()
 

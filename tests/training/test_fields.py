@@ -598,8 +598,8 @@ def _reanchor(run, monkeypatch):
         calls = calls_of(run, train_reanchor=reanchor)
         return len(calls.rows_where(grad=False)) - 2  # rollout
 
-    # 2: the check at the start; re-anchored: the check again, and the anchor
-    assert (replays(None), replays(True)) == (2, 6)
+    # two steps each: the check at the start, together and apart; re-anchored: the check again, and the anchor
+    assert (replays(None), replays(True)) == (4, 8)
 
 
 @case("train_gradient_checkpointing")

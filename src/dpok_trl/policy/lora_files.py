@@ -34,7 +34,7 @@ def refuse_unloadable(name: str, encoder: nn.Module) -> None:
         convert_state_dict_to_peft(convert_state_dict_to_diffusers(lora_state_dict(encoder)))
     except ValueError as error:
         raise ValueError(
-            f"diffusers cannot load an adapter of `{name}`, a {type(encoder).__name__} ({error}). It can for CLIP text encoders; set train_text_encoder = False."
+            f"diffusers cannot load an adapter of `{name}`, a {type(encoder).__name__} ({error}). It can for CLIP text encoders with the attention projections (q_proj ...) among the targets. Choose those, or set train_text_encoder = False."
         ) from error
 
 
