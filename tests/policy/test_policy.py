@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from diffusers import (
+    DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -512,3 +513,17 @@ def test_an_argument_that_the_pipeline_does_not_take_is_refused(sd):
 def test_prompts_and_seeds_must_match(sd):
     with pytest.raises(ValueError, match="got 4 prompts and 2 seeds"):
         sd.rollout(PROMPTS, [0, 1])
+
+
+def test_a_grid_that_gives_two_steps_the_same_rounded_timestep_is_walked():
+    """DPM-Solver++ with Karras sigmas does on Stable Diffusion's noise schedule, at levels that differ."""
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = DPMSolverMultistepScheduler(**schedule, use_karras_sigmas=True, algorithm_type="sde-dpmsolver++")
+    scheduler.set_timesteps(50)
+    assert len(set(scheduler.timesteps.tolist())) == 49
+    policy = Policy(
+        tiny.with_adapter(tiny.stable_diffusion(scheduler)), call_kwargs={**CALL, "num_inference_steps": 50}
+    )
+    trajectory = policy.rollout(PROMPTS, SEEDS)
+    with torch.no_grad():
+        assert torch.equal(log_probs(policy(trajectory)), trajectory.log_probs)

@@ -79,9 +79,8 @@ class Recorder:
         self.global_seed = generators[0].initial_seed()
         self.reduction = reduction
         self.casts = Casts() if fp32_latents else None
-        self.latents: list[
-            torch.Tensor
-        ] = []  # what each step was given, and at the end what the last one returned, (B, *)
+        # what each step was given, and at the end what the last one returned, (B, *)
+        self.latents: list[torch.Tensor] = []
         self.next_latents: list[torch.Tensor] = []  # what each step returned
         self.log_probs: dict[int, torch.Tensor] = {}  # step -> (B,)
         self._scheduler = scheduler
@@ -91,9 +90,8 @@ class Recorder:
         self._timesteps: list[Any] = []
         self._generator_states: list[list[torch.Tensor]] = []
         self._draws_between_steps = False
-        self._returned: tuple[torch.Tensor, int | None] | None = (
-            None  # the last returned latents, and how often they were written to
-        )
+        # the last returned latents, and how often they were written to
+        self._returned: tuple[torch.Tensor, int | None] | None = None
 
     def prepare_scheduler(self, scheduler: Any) -> None:
         pass
@@ -192,9 +190,10 @@ class Recorder:
             self._generator_states.clear()  # a replay then need not draw in order
         visited = torch.stack([torch.as_tensor(t).flatten()[0].double().cpu() for t in self._timesteps])
         grid = self.recording.grid.timesteps
-        # the nearest one, since a pipeline may round the timestep to its own dtype
-        nearest = (grid[None] - visited[:, None]).abs().argmin(dim=1).tolist()
-        if nearest != list(range(len(visited))):
+        # Each must be no further from its own than from any other: a pipeline may round it to its own dtype, and Karras sigmas may give two steps the
+        # same rounded timestep.
+        distances = (grid[None] - visited[:, None]).abs()
+        if (distances.diagonal() > distances.amin(dim=1)).any():
             raise UnsupportedPipelineError(
                 f"the pipeline gives `scheduler.step` the timesteps {_shortened(visited)}, and those of its scheduler are {_shortened(grid)}. A policy needs "
                 "the steps of the scheduler, each once and in order."
@@ -221,8 +220,8 @@ def _begin_index(scheduler: Any, timestep: Any) -> int:
     if begin is not None:
         return begin
     first = torch.as_tensor(timestep).flatten()[0].double().cpu()
-    # timesteps that repeat are refused with the grid, so there is one nearest
-    return int((scheduler.timesteps.double().cpu() - first).abs().argmin())
+    distances = (scheduler.timesteps.double().cpu() - first).abs()
+    return int((distances == distances.min()).nonzero()[0])
 
 
 def advance(scheduler: Any, grid_index: int) -> None:

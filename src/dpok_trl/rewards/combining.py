@@ -186,9 +186,8 @@ def _normalized(values: torch.Tensor, used: torch.Tensor, prompts: Sequence[str]
         for column in range(values.shape[1]):
             group = rows[used[rows, column]]
             if len(group):
-                scores = values[
-                    group, column
-                ].double()  # in float32 the mean of equal rewards is another number, and so is their deviation
+                # in float32 the mean of equal rewards is another number, and so is their deviation
+                scores = values[group, column].double()
                 spread = scores.std(correction=0) if scores.min() < scores.max() else torch.inf
                 normalized[group, column] = ((scores - scores.mean()) / (spread + EPSILON)).float()
     return normalized
