@@ -139,9 +139,8 @@ class DPOKTrainer(PublishingMixin):
         self._ratio_checked = False
         self._first_update = False  # the next update is the first after the check
         self._reanchor = True if config.torch_compile else config.train_reanchor  # None: not decided yet
-        self._mixes: dict[
-            tuple[int, ...], bool
-        ] = {}  # steps that were tried -> whether one forward pass takes them together
+        # steps that were tried -> whether one forward pass takes them together
+        self._mixes: dict[tuple[int, ...], bool] = {}
         self.run_log = RunLog(self.output_dir) if self.accelerator.is_main_process else None
         self.checkpoints = Checkpoints(self)
 
