@@ -228,3 +228,22 @@ def test_an_adapter_on_int8_weights(name, dtype, tmp_path):
 def test_quantised_weights_are_not_trained_themselves():
     with pytest.raises(ValueError, match=r"`unet` is quantised: its own weights cannot be trained. Train an adapter"):
         policy_of(quantised("StableDiffusionPipeline", torch.bfloat16), full=True)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_same_networks_walk_another_number_of_steps(full):
+    """Train with few steps, evaluate with many; and in the reference of one policy the other is the pretrained model too."""
+    pipe = pipeline("StableDiffusionPipeline")
+    many = {**call_arguments(pipe), "num_inference_steps": 9}
+    pretrained = Policy(pipeline("StableDiffusionPipeline"), call_kwargs=many).rollout(PROMPTS, SEEDS).images
+    policy = policy_of(pipe, full=full)
+    longer = policy.with_call(num_inference_steps=9)
+    tuned = longer.rollout(PROMPTS, SEEDS)
+    assert len(tuned.latents) == 10 and len(policy.rollout(PROMPTS, SEEDS).latents) == 5
+    assert torch.equal(tuned.images, Policy(pipe, policy.tuned, call_kwargs=many).rollout(PROMPTS, SEEDS).images)
+    assert not torch.equal(tuned.images, pretrained)
+    with policy.reference():
+        with longer.reference():  # leaving the inner one must not end the outer
+            pass
+        assert torch.equal(longer.rollout(PROMPTS, SEEDS).images, pretrained)
+    assert torch.equal(longer.rollout(PROMPTS, SEEDS).images, tuned.images)
