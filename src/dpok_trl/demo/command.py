@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import shlex
@@ -240,18 +241,24 @@ def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 @contextmanager
 def only_errors() -> Iterator[None]:
-    """Without the libraries' notes: on torchvision, which nothing here needs, and on a LoRA that has no part for the text encoder."""
+    """Without the libraries' notes: on torchvision, which nothing here needs, on a LoRA that has no part for the text encoder, and on torchao's kernels
+    where it is installed without a GPU."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     before = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    loggers = [(logger, logger.level) for logger in map(logging.getLogger, ("torchao", "torch.utils._pytree"))]
     for library, _ in before:
         library.set_verbosity_error()
+    for logger, _ in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         for library, verbosity in before:
             library.set_verbosity(verbosity)
+        for logger, level in loggers:
+            logger.setLevel(level)
 
 
 def _positive(text: str) -> int:
