@@ -184,10 +184,26 @@ class DPOKConfig:
         },
     )
     negative_prompts: str = field(default="", metadata={"help": "One negative prompt, used with every prompt."})
+    sample_weight_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the prompts (entry of their metadata) that holds a weight: how often a prompt is drawn, compared with the others. None: all alike."
+        },
+    )
+    sample_category_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the prompts (entry of their metadata) that holds a category: rewards are logged, and evaluations shown, for each category too."
+        },
+    )
 
     # --- rewards and advantages
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward, in their order. None: 1 for each."}
+    )
+    reward_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight alpha of the policy gradient, against `kl_weight` (beta) of the KL term."},
     )
     reward_aggregation: str = field(
         default="sum",
@@ -228,11 +244,29 @@ class DPOKConfig:
     train_adv_type: str = field(
         default="batch",
         metadata={
-            "help": "Baseline and scale of the advantage without per_prompt_stat_tracking: of all rewards of the epoch, or of those with the same prompt.",
-            "choices": ["batch", "group"],
+            "help": "Baseline of the advantage without per_prompt_stat_tracking. batch: mean of all rewards of the epoch; group: mean of those with the same prompt; "
+            "leave_one_out: mean of the others with the same prompt; value: a learned V(x_t, prompt, t); none.",
+            "choices": ["batch", "group", "leave_one_out", "value", "none"],
         },
     )
-    train_adv_clip_max: float = field(default=5.0, metadata={"help": "Advantages are clipped to plus and minus this."})
+    train_adv_scale: bool = field(
+        default=True,
+        metadata={
+            "help": "Divide advantages by the standard deviation of the rewards: of the prompt for group, leave_one_out and per_prompt_stat_tracking, else of the epoch."
+        },
+    )
+    train_adv_clip_max: float = field(
+        default=5.0, metadata={"help": "Advantages are clipped to plus and minus this; inf: not at all."}
+    )
+    train_keep_best: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train on this many images of each group with the highest rewards (and on `train_keep_worst`), of all that were drawn. None: on all."
+        },
+    )
+    train_keep_worst: int | None = field(
+        default=None, metadata={"help": "Train on this many images of each group with the lowest rewards."}
+    )
 
     # --- the update
     train_batch_size: int = field(default=1, metadata={"help": "Samples in a forward and backward pass, per process."})
@@ -275,14 +309,28 @@ class DPOKConfig:
     train_objective: str = field(
         default="dpok",
         metadata={
-            "help": "dpok: advantage times clipped ratio (official DPOK code); ppo: the pessimistic minimum (DDPO).",
-            "choices": ["dpok", "ppo"],
+            "help": "dpok: advantage times clipped ratio (official DPOK code); ppo: the pessimistic minimum (DDPO); kl_mask: the ratio without a clip, but for "
+            "transitions beyond `train_kl_threshold` that would go further (Flow-DPPO); reinforce: advantage times log-probability.",
+            "choices": ["dpok", "ppo", "kl_mask", "reinforce"],
         },
     )
     train_clip_range: float = field(
         default=1e-4,
         metadata={
             "help": "Clip of the ratio, in units of `train_log_prob_reduction`: 1e-4 on the mean is 1.64 nats for SD 1.5 at 512x512."
+        },
+    )
+    train_kl_threshold: float = field(
+        default=1e-5,
+        metadata={
+            "help": "Largest KL of a step from the policy that sampled, for `train_objective = kl_mask`; in units of `train_log_prob_reduction`."
+        },
+    )
+    train_buffer_rounds: int = field(
+        default=1,
+        metadata={
+            "help": "Rounds of samples to draw training batches from, the newest ones; as many are drawn as one round has. 1: on-policy. 2 or 3 is what the official "
+            "DPOK code does."
         },
     )
     train_log_prob_reduction: str = field(
@@ -337,6 +385,74 @@ class DPOKConfig:
         metadata={
             "help": "gaussian: the exact KL of each step; noise: squared difference of the model outputs (official DPOK code).",
             "choices": ["gaussian", "noise"],
+        },
+    )
+    kl_gradient: str = field(
+        default="paper",
+        metadata={
+            "help": "paper: the gradient of each step's own KL; exact: each action is charged with the KL of the later steps as well, the term that the paper drops; "
+            "reward: no gradient of a KL, all of it is charged to the actions, as a penalty in the reward.",
+            "choices": ["paper", "exact", "reward"],
+        },
+    )
+    kl_warmup_epochs: int = field(default=0, metadata={"help": "Epochs before the KL term is switched on."})
+    target_kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "KL of a whole denoising path in nats to hold: `kl_weight` is adapted after each epoch, by at most 20 percent. None: it stays as it is."
+        },
+    )
+    reference_update_epochs: int | None = field(
+        default=None,
+        metadata={
+            "help": "Epochs after which the reference of the KL becomes the policy as it is then, again and again. None: the pretrained model, always."
+        },
+    )
+
+    # --- the value function, for `train_adv_type = value`
+    value_input: str = field(
+        default="latents",
+        metadata={
+            "help": "What V sees. latents: x_t and the prompt's embedding, as in the paper; features: what the middle of the denoiser makes of them.",
+            "choices": ["latents", "features"],
+        },
+    )
+    value_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of its own AdamW."})
+    value_batch_size: int = field(
+        default=256, metadata={"help": "Transitions in a batch of its regression, per process."}
+    )
+    value_num_updates: int = field(default=5, metadata={"help": "Its optimizer steps after each round of sampling."})
+    value_gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Batches of one of its optimizer steps."}
+    )
+    value_scale_targets: bool = field(
+        default=True,
+        metadata={"help": "Regress on rewards that are normalised by their running mean and standard deviation."},
+    )
+    value_warmup_epochs: int = field(
+        default=0, metadata={"help": "Epochs in which V is fitted and the policy not yet updated."}
+    )
+
+    # --- evaluation
+    eval_freq: int = field(
+        default=0,
+        metadata={
+            "help": "Epochs between evaluations on `eval_prompts`, tuned against pretrained; 0: none while training."
+        },
+    )
+    eval_num_images_per_prompt: int = field(
+        default=4, metadata={"help": "Images of each prompt in an evaluation, of the same seeds every time."}
+    )
+    eval_batch_size: int | None = field(
+        default=None, metadata={"help": "Images drawn at a time in an evaluation. None: `sample_batch_size`."}
+    )
+    eval_num_steps: int | None = field(
+        default=None, metadata={"help": "Denoising steps in an evaluation. None: `sample_num_steps`."}
+    )
+    log_gradient_cosine_freq: int = field(
+        default=0,
+        metadata={
+            "help": "Epochs between measurements of the cosine between the policy gradients of different prompts, at the cost of one more pass; 0: none."
         },
     )
 

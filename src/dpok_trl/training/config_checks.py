@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -61,6 +62,11 @@ def check_ranges(config: DPOKConfig) -> None:
         "train_batch_size",
         "train_gradient_accumulation_steps",
         "train_num_inner_epochs",
+        "train_buffer_rounds",
+        "value_batch_size",
+        "value_num_updates",
+        "value_gradient_accumulation_steps",
+        "eval_num_images_per_prompt",
     ):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} = {getattr(config, name)}, but it must be at least 1.")
@@ -72,6 +78,10 @@ def check_ranges(config: DPOKConfig) -> None:
         "train_lr_warmup_steps",
         "train_adam_weight_decay",
         "kl_weight",
+        "kl_warmup_epochs",
+        "value_warmup_epochs",
+        "eval_freq",
+        "log_gradient_cosine_freq",
     ):
         if not 0 <= getattr(config, name) < math.inf:  # NaN neither
             raise ValueError(f"{name} = {getattr(config, name)}, but it must be finite and not negative.")
@@ -80,11 +90,31 @@ def check_ranges(config: DPOKConfig) -> None:
         "train_learning_rate",
         "train_max_grad_norm",
         "train_clip_range",
-        "train_adv_clip_max",
+        "train_kl_threshold",
         "train_adam_epsilon",
+        "reward_weight",
+        "value_learning_rate",
     ):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name} = {getattr(config, name)}, but it must be positive and finite.")
+    if not config.train_adv_clip_max > 0:
+        raise ValueError(
+            f"train_adv_clip_max = {config.train_adv_clip_max}, but it must be positive; inf clips nothing."
+        )
+    for name, nothing in (
+        ("eval_batch_size", "sample_batch_size"),
+        ("eval_num_steps", "sample_num_steps"),
+        ("reference_update_epochs", "a reference that stays"),
+    ):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"{name} = {getattr(config, name)}, but it must be at least 1, or None for {nothing}.")
+    for name in ("train_keep_best", "train_keep_worst"):
+        if getattr(config, name) is not None and getattr(config, name) < 0:
+            raise ValueError(f"{name} = {getattr(config, name)}, but it must not be negative.")
+    if config.target_kl is not None and not 0 < config.target_kl < math.inf:
+        raise ValueError(
+            f"target_kl = {config.target_kl}, but it must be positive and finite, or None for a kl_weight that stays."
+        )
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed = {config.seed}, but it must be in [0, 2^32), as numpy takes it.")
     if not 0 < config.sample_eta <= 1:
@@ -135,9 +165,97 @@ def _check_window(config: DPOKConfig) -> None:
         )
 
 
+def _refuse_unused(config: DPOKConfig, names: Sequence[str], needed: str) -> None:
+    """Raises `ValueError` for settings that were changed and would do nothing."""
+    default = {item.name: item.default for item in fields(config)}
+    unused = [name for name in names if getattr(config, name) != default[name]]
+    if unused:
+        given = ", ".join(f"{name} = {getattr(config, name)!r}" for name in unused)
+        raise ValueError(f"{given} would do nothing: {needed}. Change the latter, or leave the former out.")
+
+
+def _check_objective(config: DPOKConfig) -> None:
+    objective = config.train_objective
+    if objective in ("kl_mask", "reinforce"):
+        _refuse_unused(config, ["train_clip_range"], f"train_objective = '{objective}' has no clip")
+    if objective != "kl_mask":
+        _refuse_unused(config, ["train_kl_threshold"], f"train_objective = '{objective}' has no such threshold")
+    if objective == "reinforce":
+        for name in ("train_buffer_rounds", "train_num_inner_epochs"):
+            if getattr(config, name) > 1:
+                raise ValueError(
+                    f"{name} = {getattr(config, name)} uses samples again after the policy has moved, and train_objective = 'reinforce' has no ratio that corrects "
+                    f"for it. Set {name} = 1, or take 'dpok', 'ppo' or 'kl_mask'."
+                )
+
+
+def _check_kl(config: DPOKConfig) -> None:
+    if config.kl_weight == 0:
+        names = ("kl_type", "kl_gradient", "kl_warmup_epochs", "target_kl", "reference_update_epochs")
+        _refuse_unused(config, names, "kl_weight = 0 turns the KL term off")
+    if config.kl_type == "noise":
+        _refuse_unused(config, ("kl_gradient", "target_kl"), "kl_type = 'noise' is no KL in nats; take 'gaussian'")
+    if config.target_kl is not None and config.kl_warmup_epochs:
+        raise ValueError(
+            f"target_kl = {config.target_kl} adapts kl_weight from the first epoch on, and kl_warmup_epochs = {config.kl_warmup_epochs} holds it at 0 that long. "
+            "Choose one."
+        )
+    if config.kl_warmup_epochs >= config.num_epochs:
+        raise ValueError(
+            f"kl_warmup_epochs = {config.kl_warmup_epochs} with num_epochs = {config.num_epochs}: the KL term would never be switched on. Set kl_weight = 0 if that "
+            f"is what you want, or kl_warmup_epochs below {config.num_epochs}."
+        )
+
+
+def _check_value(config: DPOKConfig) -> None:
+    if config.train_adv_type != "value":
+        names = [item.name for item in fields(config) if item.name.startswith("value_")]
+        _refuse_unused(config, names, f"train_adv_type = '{config.train_adv_type}' has no value function")
+        return
+    if config.value_warmup_epochs >= config.num_epochs:
+        raise ValueError(
+            f"value_warmup_epochs = {config.value_warmup_epochs} with num_epochs = {config.num_epochs}: the policy would never be updated. Lower the first or "
+            "raise the second."
+        )
+    if config.value_input == "latents" and config.train_text_encoder:
+        raise ValueError(
+            "value_input = 'latents' gives V the prompt's embedding, which changes while train_text_encoder = True trains it. Take value_input = 'features'."
+        )
+    per_round = config.sample_batch_size * config.sample_num_batches_per_epoch
+    steps = config.sample_sde_window_size or config.sample_num_steps
+    most = per_round * steps * config.train_buffer_rounds
+    if config.value_batch_size > most:
+        raise ValueError(
+            f"value_batch_size = {config.value_batch_size} transitions, but {config.train_buffer_rounds} round(s) of {per_round} images in {steps} steps leave at most "
+            f"{most} in a process. Lower value_batch_size, or sample more images."
+        )
+
+
+def _check_curation(config: DPOKConfig) -> None:
+    if config.train_keep_best is None and config.train_keep_worst is None:
+        return
+    group, kept = config.sample_num_images_per_prompt, kept_of_group(config)
+    if not 0 < kept <= group:
+        raise ValueError(
+            f"train_keep_best = {config.train_keep_best} and train_keep_worst = {config.train_keep_worst} are {kept} images of the {group} of a group "
+            f"(sample_num_images_per_prompt). Together they must be between 1 and {group}."
+        )
+
+
+def kept_of_group(config: DPOKConfig) -> int:
+    """Images of each group that are trained on."""
+    if config.train_keep_best is None and config.train_keep_worst is None:
+        return config.sample_num_images_per_prompt
+    return (config.train_keep_best or 0) + (config.train_keep_worst or 0)
+
+
 def check_combinations(config: DPOKConfig) -> None:
     """The settings go together."""
     _check_window(config)
+    _check_objective(config)
+    _check_kl(config)
+    _check_value(config)
+    _check_curation(config)
     if config.train_mixed_timesteps and config.train_batch_size < 2:
         raise ValueError(
             f"train_mixed_timesteps = True with train_batch_size = {config.train_batch_size}: one sample cannot be at different timesteps. Raise "
@@ -186,9 +304,9 @@ def check_combinations(config: DPOKConfig) -> None:
             f"per_prompt_stat_tracking_buffer_size = {config.per_prompt_stat_tracking_buffer_size}: no prompt would ever have enough rewards for "
             "statistics of its own. Lower the first or raise the second."
         )
-    if config.train_adv_type == "group" and config.sample_num_images_per_prompt < 2:
+    if config.train_adv_type in ("group", "leave_one_out") and config.sample_num_images_per_prompt < 2:
         raise ValueError(
-            "train_adv_type = 'group' compares images of the same prompt and needs sample_num_images_per_prompt of at least 2; "
+            f"train_adv_type = '{config.train_adv_type}' compares images of the same prompt and needs sample_num_images_per_prompt of at least 2; "
             f"given: {config.sample_num_images_per_prompt}."
         )
     limit = config.project_kwargs.get("total_limit")
@@ -217,16 +335,22 @@ def check_combinations(config: DPOKConfig) -> None:
             import bitsandbytes  # noqa: F401
         except ImportError as error:
             raise ImportError("train_use_8bit_adam = True needs bitsandbytes: `pip install dpok-trl[bnb]`.") from error
-    _check_divides("sample_batch_size", config.sample_batch_size, "train_batch_size", config.train_batch_size)
     _check_divides(
         "sample_batch_size",
         config.sample_batch_size,
         "sample_num_images_per_prompt",
         config.sample_num_images_per_prompt,
     )
+    kept, what = (
+        config.sample_batch_size // config.sample_num_images_per_prompt * kept_of_group(config),
+        "sample_batch_size",
+    )
+    if kept != config.sample_batch_size:
+        what = "what train_keep_best and train_keep_worst keep of a sampling batch"
+    _check_divides(what, kept, "train_batch_size", config.train_batch_size)
     _check_divides(
-        "sample_batch_size * sample_num_batches_per_epoch",
-        config.sample_batch_size * config.sample_num_batches_per_epoch,
+        f"{what} * sample_num_batches_per_epoch",
+        kept * config.sample_num_batches_per_epoch,
         "train_batch_size * train_gradient_accumulation_steps",
         config.train_batch_size * config.train_gradient_accumulation_steps,
     )
