@@ -39,26 +39,25 @@ def probability_ratio(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
     return _difference(log_prob, old_log_prob).clamp(max=LARGEST_LOG_RATIO).exp()
 
 
-def ratio_metrics(log_prob: Tensor, old_log_prob: Tensor, clip_range: float) -> Metrics:
+def ratio_metrics(log_prob: Tensor, old_log_prob: Tensor, clip_range: float | None) -> Metrics:
     """
     How far the policy has moved from the one that drew the actions.
 
-    Arguments as for [`probability_ratio`] and [`dpok_loss`].
+    Arguments as for [`probability_ratio`] and [`dpok_loss`]; `clip_range` is `None` for a loss without a clip.
 
     Returns:
         `dict[str, torch.Tensor]`: Detached and 0-d: `policy/ratio_mean`, `policy/ratio_deviation_max` (the largest
-        `|r - 1|`), `policy/clip_fraction` (the share with `|r - 1| > c`) and `policy/approx_kl`
-        (`mean((log_prob - old_log_prob)^2) / 2`, in the units of the log-probability, squared).
+        `|r - 1|`), `policy/clip_fraction` (the share with `|r - 1| > c`; only with a `clip_range`) and
+        `policy/approx_kl` (`mean((log_prob - old_log_prob)^2) / 2`, in the units of the log-probability, squared).
     """
     difference = _difference(log_prob.detach(), old_log_prob)
     ratio = difference.exp()
     deviation = (ratio - 1.0).abs()
-    return {
-        "policy/ratio_mean": ratio.mean(),
-        "policy/ratio_deviation_max": deviation.max(),
-        "policy/clip_fraction": (deviation > clip_range).to(ratio.dtype).mean(),
-        "policy/approx_kl": 0.5 * difference.square().mean(),
-    }
+    metrics = {"policy/ratio_mean": ratio.mean(), "policy/ratio_deviation_max": deviation.max()}
+    if clip_range is not None:
+        metrics["policy/clip_fraction"] = (deviation > clip_range).to(ratio.dtype).mean()
+    metrics["policy/approx_kl"] = 0.5 * difference.square().mean()
+    return metrics
 
 
 def dpok_loss(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
@@ -99,7 +98,88 @@ def ppo_loss(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)).mean()
 
 
+# The losses of a ratio and a clip range; the two below need other things.
 OBJECTIVES: dict[str, Objective] = {"dpok": dpok_loss, "ppo": ppo_loss}
+
+
+def kl_mask_loss(ratio: Tensor, advantage: Tensor, divergence: Tensor, threshold: float) -> Tensor:
+    """
+    Flow-DPPO's loss: `mean(-A * r)` without the transitions that have moved too far and would move further.
+
+    A transition is dropped where `divergence >= threshold` and its update would increase it: `A > 0` with `r > 1`, or
+    `A < 0` with `r < 1` (arXiv:2606.11025). An update that brings the policy back always passes, as in [`ppo_loss`],
+    and how far a transition has moved is measured by the distribution and not by the one action that was drawn.
+
+    A dropped transition has no gradient. It counts as `-A`, its value at ratio 1: so the loss stays finite when such a
+    ratio overflows, and its gradient is its derivative.
+
+    Args:
+        ratio (`torch.Tensor` of shape `(B,)`):
+            From [`probability_ratio`]; carries the gradient.
+        advantage (`torch.Tensor` of shape `(B,)`):
+            As in [`dpok_loss`]; gets no gradient.
+        divergence (`torch.Tensor` of shape `(B,)`):
+            `KL(new || old)` of the step, >= 0, from [`dpok_trl.core.gaussian.Gaussian.kl`]; gets no gradient.
+        threshold (`float` > 0):
+            In the units of `divergence`, i.e. of its reduction: Flow-DPPO's 1e-5 on the mean over dimensions is 0.16
+            nats per step for D = 16384.
+
+    Returns:
+        `torch.Tensor`: The loss, 0-d, in the dtype of `ratio`.
+
+    Raises:
+        ValueError: If the shapes are not all `(B,)` or if `threshold` is not positive.
+    """
+    dropped = kl_mask(ratio, advantage, divergence, threshold)
+    kept_ratio = torch.where(dropped, torch.ones_like(ratio), ratio)
+    return (-advantage.detach().to(ratio.dtype) * kept_ratio).mean()
+
+
+def kl_mask(ratio: Tensor, advantage: Tensor, divergence: Tensor, threshold: float) -> Tensor:
+    """
+    Which transitions [`kl_mask_loss`] drops; arguments and errors are its own.
+
+    Returns:
+        `torch.BoolTensor` of shape `(B,)`; its mean is the metric `policy/mask_fraction`.
+    """
+    _refuse_broadcast("ratio", ratio, "advantage", advantage)
+    _refuse_broadcast("ratio", ratio, "divergence", divergence)
+    if not threshold > 0.0:
+        raise ValueError(f"threshold must be > 0, but is {threshold}; 1e-5 is the published value")
+    goes_further = ((ratio > 1.0) & (advantage > 0.0)) | ((ratio < 1.0) & (advantage < 0.0))
+    return goes_further & (divergence >= threshold)
+
+
+def kl_mask_metrics(ratio: Tensor, advantage: Tensor, divergence: Tensor, threshold: float) -> Metrics:
+    """
+    `policy/mask_fraction`: the share of transitions that [`kl_mask_loss`] drops, detached and 0-d. Arguments as there.
+    """
+    return {"policy/mask_fraction": kl_mask(ratio, advantage, divergence, threshold).to(ratio.dtype).mean()}
+
+
+def reinforce_loss(log_prob: Tensor, advantage: Tensor) -> Tensor:
+    """
+    The policy gradient as it is, `mean(-A * log p)` (DPOK, arXiv:2305.16381, Lemma 4.1).
+
+    Only its gradient means anything, and only under the policy that drew the actions: without a ratio nothing corrects
+    for a policy that has moved since. At ratio 1 the gradients of [`dpok_loss`], [`ppo_loss`] and [`kl_mask_loss`] are
+    the same.
+
+    Args:
+        log_prob (`torch.Tensor` of shape `(B,)`):
+            Of the recorded actions under the policy that is trained; carries the gradient.
+        advantage (`torch.Tensor` of shape `(B,)`):
+            As in [`dpok_loss`]; gets no gradient.
+
+    Returns:
+        `torch.Tensor`: The loss, 0-d, float32 (float64 if `log_prob` is).
+
+    Raises:
+        ValueError: If the shapes are not both `(B,)`.
+    """
+    _refuse_broadcast("log_prob", log_prob, "advantage", advantage)
+    log_prob = _at_least_float32(log_prob)
+    return (-advantage.detach().to(log_prob.dtype) * log_prob).mean()
 
 
 def noise_kl(model_output: Tensor, reference_output: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -116,7 +196,7 @@ def noise_kl(model_output: Tensor, reference_output: Tensor, reduction: Reductio
             `"mean"`.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`, float32, >= 0.
+        `torch.Tensor` of shape `(B,)`, float32 (float64 if `model_output` is), >= 0.
 
     Raises:
         ValueError: If the shapes differ.
@@ -126,14 +206,19 @@ def noise_kl(model_output: Tensor, reference_output: Tensor, reduction: Reductio
             "model_output and reference_output must have one shape (B, ...), but have "
             f"{tuple(model_output.shape)} and {tuple(reference_output.shape)}"
         )
-    return reduce_samples((model_output.float() - reference_output.float()).square(), reduction)
+    model_output = _at_least_float32(model_output)
+    return reduce_samples((model_output - reference_output.to(model_output.dtype)).square(), reduction)
 
 
 def _difference(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
     _refuse_broadcast("log_prob", log_prob, "old_log_prob", old_log_prob)
-    # float64 passes through only so that the mathematics can be checked against finite differences.
-    log_prob = log_prob if log_prob.dtype == torch.float64 else log_prob.float()
+    log_prob = _at_least_float32(log_prob)
     return log_prob - old_log_prob.detach().to(log_prob.dtype)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    # float64 passes through only so that the mathematics can be checked against finite differences.
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _checked(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
