@@ -21,6 +21,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from dpok_trl import DPOKConfig, DPOKTrainer
 from dpok_trl.demo import load_demo_pipeline
 from dpok_trl.policy.lora import adapters_disabled
+from dpok_trl.training.batches import Round, SampledBatch
 
 
 def larger_pipeline() -> StableDiffusionPipeline:
@@ -104,8 +105,9 @@ def compare(title: str, pipe: StableDiffusionPipeline, batch: int, guidance: flo
         trainer._ratio_checked = True
 
         def update() -> None:
-            batches = trainer._training_batches([_sampled(trajectory)], torch.randn(batch))
-            for transitions in trainer._updates(batches, 0, 0):
+            batches = [_sampled(trajectory)]
+            trainer.buffer.append(Round(batches, trainer._training_batches(batches, torch.randn(batch))))
+            for transitions in trainer._updates(0, 0):
                 trainer._update(transitions)
 
         results = {"rollout": [], "update": []}
@@ -123,8 +125,6 @@ def compare(title: str, pipe: StableDiffusionPipeline, batch: int, guidance: flo
 
 
 def _sampled(trajectory):
-    from dpok_trl.training.batches import SampledBatch
-
     return SampledBatch(trajectory, (None,) * len(trajectory))
 
 

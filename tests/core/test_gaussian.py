@@ -185,3 +185,21 @@ def test_wrong_arguments_are_refused_in_words():
     for count in (1, 2, 4):
         with pytest.raises(ValueError, match=f"3 samples, {count} generators"):
             distribution.sample([torch.Generator()] * count)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_log_ratio_is_the_difference_of_the_log_probs_and_averages_to_the_kl(reduction):
+    here, there = gaussian(0), gaussian(1)
+    x = here.sample(torch.Generator().manual_seed(2))
+    expected = reduced(normal(here).log_prob(x.double()) - normal(there).log_prob(x.double()), reduction)
+    assert_close(here.log_ratio(there, x, reduction), expected)
+    assert torch.equal(here.log_ratio(here, x, reduction), torch.zeros(3))
+    # x = mean + std z: the ratio is the KL plus a term that is odd in z, so that a draw and its mirror image average to the KL
+    mirrored = 2 * here.mean - x
+    pair = (here.log_ratio(there, x, "sum") + here.log_ratio(there, mirrored, "sum")) / 2
+    torch.testing.assert_close(pair, here.kl(there, "sum"), rtol=1e-4, atol=0)
+
+
+def test_log_ratio_refuses_other_standard_deviations():
+    with pytest.raises(ValueError, match="one std"):
+        gaussian(0).log_ratio(gaussian(1, std=(0.04, 0.5, 14.6)), gaussian(0).mean)

@@ -131,6 +131,39 @@ class Gaussian:
         spread = (other_std / std).log() + 0.5 * ((std / other_std).square() - 1.0)
         return squares * self._device(0.5 / other_std.square()) + self._device(spread * self._scale(reduction))
 
+    def log_ratio(self, other: "Gaussian", x: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """
+        `self.log_prob(x) - other.log_prob(x)`, without the cancellation of the two.
+
+        For distributions of one standard deviation it is `((mean - other.mean) * (2 x - mean - other.mean)) / (2 std^2)`. Its
+        expectation over draws of `self` is [`Gaussian.kl`].
+
+        Args:
+            other (`Gaussian`): Of the same shape and the same `std`, as a policy and its reference on one grid.
+            x (`torch.Tensor` of shape `(B, *)`): The points; any floating dtype, computed in float32.
+            reduction (`"mean"` or `"sum"`, defaults to `"mean"`): As in [`Gaussian.log_prob`].
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`, float32, on the device of `mean`.
+
+        Raises:
+            ValueError: If shapes or standard deviations differ, or if a `std` is 0.
+        """
+        self._refuse_other_shape("x", x)
+        self._refuse_other_shape("other.mean", other.mean)
+        self._refuse_zero_std("log_ratio")
+        if not torch.equal(self.std, other.std):
+            raise ValueError(
+                f"log_ratio needs distributions of one std, but they are {self.std.tolist()} and {other.std.tolist()}; "
+                "subtract the two log_prob instead"
+            )
+        products = (self.mean - other.mean) * (2.0 * x.float() - self.mean - other.mean)
+        return reduce_samples(products, reduction) * self._device(0.5 / self.std.double().square())
+
+    def detach(self) -> "Gaussian":
+        """The same distribution without its graph."""
+        return Gaussian(self.mean.detach(), self.std)
+
     def _scale(self, reduction: Reduction) -> int:
         """How often a per-dimension constant counts under `reduction`."""
         return 1 if reduction == "mean" else self.mean[0].numel()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +25,9 @@ class Trajectory:
         log_probs (`torch.Tensor` of shape `(B, len(steps))`): float32, of the stored actions under the policy that drew them.
         arguments (`dict[str, list]`): Arguments of the pipeline's call that differ from sample to sample, lists of length `B`.
         recording (`Any`): What the policy needs to walk the same path again; opaque to everybody else.
+        prompt_embeddings (`torch.Tensor` of shape `(B, E)`, *optional*): float32, of each sample's prompt, where a value function sees it.
+        features (`torch.Tensor` of shape `(B, len(steps), C)`, *optional*): float32, what the middle of the denoiser made of each state, where a value
+            function sees it.
     """
 
     prompts: list[str]
@@ -37,6 +39,8 @@ class Trajectory:
     log_probs: torch.Tensor
     arguments: dict[str, list[Any]]
     recording: Any
+    prompt_embeddings: torch.Tensor | None = None
+    features: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -51,26 +55,6 @@ class Trajectory:
         """The same trajectory with no images: they are much larger than latents, and a replay needs none."""
         return replace(self, images=self.images[:0].clone())
 
-    def transitions(
-        self,
-        samples: Sequence[int],
-        steps: Sequence[int],
-        advantages: torch.Tensor,
-        reference: Gaussian | torch.Tensor | None = None,
-    ) -> Transitions:
-        """The transitions of the given samples, each at a step. `advantages`, `(B,)`, has one entry for each sample of the trajectory."""
-        device = self.log_probs.device
-        rows = torch.tensor(samples, device=device)
-        columns = torch.tensor([self.steps.index(step) for step in steps], device=device)
-        return Transitions(
-            trajectory=self,
-            samples=tuple(samples),
-            steps=tuple(steps),
-            old_log_prob=self.log_probs[rows, columns],
-            advantage=advantages[rows],
-            reference=reference,
-        )
-
 
 @dataclass(frozen=True)
 class Transitions:
@@ -82,8 +66,9 @@ class Transitions:
         steps (`tuple[int, ...]` of length `n`): The denoising step of each, counted from 0 in generation order; mostly all the same.
         old_log_prob (`torch.Tensor` of shape `(n,)`): Under the policy that drew them.
         advantage (`torch.Tensor` of shape `(n,)`)
-        reference ([`Gaussian`] or `torch.Tensor`, *optional*): What the pretrained model says of these rows: its distribution of x_{t-1}, or
+        reference ([`Gaussian`] or `torch.Tensor`, *optional*): What the reference model says of these rows: its distribution of x_{t-1}, or
             its model output where the KL is taken in noise space. `None` without a KL term.
+        old ([`Gaussian`], *optional*): The distribution that drew the actions, for an objective that looks at more than `old_log_prob`.
     """
 
     trajectory: Trajectory
@@ -92,3 +77,4 @@ class Transitions:
     old_log_prob: torch.Tensor
     advantage: torch.Tensor
     reference: Gaussian | torch.Tensor | None = None
+    old: Gaussian | None = None

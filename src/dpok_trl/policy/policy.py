@@ -6,7 +6,7 @@ import difflib
 import inspect
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from dpok_trl.core.grid import SchedulerGrid
 from dpok_trl.core.trajectory import Trajectory
 from dpok_trl.core.transitions import Transition
 from dpok_trl.policy.errors import ReplayError, UnsupportedPipelineError
+from dpok_trl.policy.features import VALUE_INPUTS, MiddleFeatures, prompt_embeddings
 from dpok_trl.policy.hooks import PipelineHooks
 from dpok_trl.policy.interception import Networks, blackens_images, call_pipeline
 from dpok_trl.policy.memo import PromptMemo
@@ -150,6 +151,7 @@ class Policy(nn.Module):
         seeds: Sequence[int],
         arguments: Mapping[str, Sequence[Any]] | None = None,
         window: Collection[int] | Callable[[int], Collection[int]] | None = None,
+        value_input: str | None = None,
     ) -> Trajectory:
         """Draws one image for each prompt with the current policy.
 
@@ -164,12 +166,15 @@ class Policy(nn.Module):
             window (`Collection[int]` or `Callable`, *optional*): The steps that are stochastic, counted from 0 (MixGRPO,
                 https://arxiv.org/abs/2507.21802); the others follow the deterministic ODE. A function gets the number of steps that can be actions, and
                 returns positions among them. Default: all.
+            value_input (`"latents"` or `"features"`, *optional*): What a value function is to see of the trajectory
+                ([`~dpok_trl.policy.features.value_inputs`]). What is drawn does not depend on it.
 
         Returns:
             [`Trajectory`]
 
         Raises:
             `ValueError`: If `prompts`, `seeds` and `arguments` differ in length, or no step is stochastic.
+            [`UnsupportedPipelineError`]: If what a value function is to see cannot be read from this pipeline.
         """
         if len(prompts) != len(seeds) or len(prompts) == 0:
             raise ValueError(f"one seed for each prompt is needed: got {len(prompts)} prompts and {len(seeds)} seeds")
@@ -180,7 +185,10 @@ class Policy(nn.Module):
                 raise ValueError(
                     f"'{name}' has {len(values)} values for {len(prompts)} prompts; one for each is needed"
                 )
+        if value_input not in (None, *VALUE_INPUTS):
+            raise ValueError(f"value_input must be one of {', '.join(VALUE_INPUTS)} or None, but is {value_input!r}")
         networks = self._networks()
+        middle = MiddleFeatures(networks.denoisers, len(prompts)) if value_input == "features" else None
         recorder = Recorder(
             networks,
             lambda scheduler, begin: self._choose_steps(scheduler, begin, window),
@@ -188,13 +196,11 @@ class Policy(nn.Module):
             self.log_prob_reduction,
             self._scheduler_identity(),
             self.fp32_latents,
+            middle,
         )
-        output = call_pipeline(
-            self.pipe,
-            recorder,
-            networks,
-            {**self._call_kwargs(prompts, recorder.generators, arguments), "output_type": "pt"},
-        )
+        call = {**self._call_kwargs(prompts, recorder.generators, arguments), "output_type": "pt"}
+        with nullcontext() if middle is None else middle.listening():
+            output = call_pipeline(self.pipe, recorder, networks, call)
         if not recorder.latents:
             raise UnsupportedPipelineError(f"{type(self.pipe).__name__} never called `scheduler.step`")
         recorder.finish()
@@ -209,6 +215,8 @@ class Policy(nn.Module):
             log_probs=torch.stack([recorder.log_probs[step] for step in steps], dim=1),
             arguments=arguments,
             recording=recorder.recording,
+            prompt_embeddings=prompt_embeddings(recorder.recording.encoded) if value_input == "latents" else None,
+            features=None if middle is None else torch.stack([recorder.features[step] for step in steps], dim=1),
         )
 
     # ---------------------------------------------------------------- replay
@@ -309,11 +317,17 @@ class Policy(nn.Module):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within it the policy is the pretrained model: the adapters are off, or the frozen copies answer. Restored afterwards, also after an
-        exception.
+        """Within it the policy is the reference of the KL: the pretrained model, unless the reference has been moved
+        ([`~dpok_trl.policy.tuning.Tuned.move_reference`]). Restored afterwards, also after an exception.
 
         Run it under `torch.no_grad()`; no backward pass may happen inside.
         """
+        with self.tuned.reference_answers():
+            yield
+
+    @contextmanager
+    def pretrained(self) -> Iterator[None]:
+        """Within it the policy is the pretrained model: the adapters are off, or the frozen copies answer. Else as [`~Policy.reference`]."""
         with self.tuned.pretrained_answers():
             yield
 

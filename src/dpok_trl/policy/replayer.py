@@ -31,6 +31,10 @@ class ReplayedStep:
     distribution: Gaussian
     model_output: torch.Tensor
 
+    def detach(self) -> ReplayedStep:
+        """The same without its graph."""
+        return ReplayedStep(self.log_prob.detach(), self.distribution.detach(), self.model_output.detach())
+
 
 class Replayer:
     """Answers in a replay: teacher-forces the recorded path and runs the network on the selected steps only.

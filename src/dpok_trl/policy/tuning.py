@@ -47,6 +47,7 @@ class Tuned:
 
     def __post_init__(self) -> None:
         self.answering = self.denoisers  # or the frozen copies, within `pretrained_answers`
+        self.moved_reference: dict[str, torch.Tensor] | None = None  # the trained weights of a reference that moves
 
     @property
     def full(self) -> bool:
@@ -79,6 +80,39 @@ class Tuned:
                 )
         with adapters_disabled(list(self.modules.values())):
             yield
+
+    def trained_weights(self) -> dict[str, nn.Parameter]:
+        """By component and name."""
+        return {
+            f"{component}.{name}": parameter
+            for component, module in self.modules.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def move_reference(self, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        """From here on [`~Tuned.reference_answers`] are those of the networks as they are now, or as they are with `weights`."""
+        now = {name: parameter.detach().clone() for name, parameter in self.trained_weights().items()}
+        if weights is not None:
+            now = {name: weights[name].to(weight) for name, weight in now.items()}
+        self.moved_reference = now
+
+    @contextmanager
+    def reference_answers(self) -> Iterator[None]:
+        """Within it the reference answers: the pretrained networks, or what [`~Tuned.move_reference`] made of them."""
+        if self.moved_reference is None:
+            with self.pretrained_answers():
+                yield
+            return
+        parameters = self.trained_weights()
+        own = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = self.moved_reference[name]
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = own[name]
 
     def save(self, pipe: DiffusionPipeline, folder: str | Path) -> None:
         """Writes what is trained and nothing else: the adapters ([`save_lora`]), or each denoiser as `folder/<name>`."""

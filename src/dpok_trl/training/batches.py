@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,17 +34,48 @@ class SampledBatch:
 
 @dataclass
 class TrainingBatch:
-    """`train_batch_size` samples of one trajectory, with the reference's answer at the steps that were needed so far."""
+    """`train_batch_size` samples of one trajectory, with what the update needs to know of each of its steps.
+
+    Args:
+        trajectory ([`Trajectory`])
+        samples (`tuple[int, ...]` of length `n`): Its rows.
+        advantages (`torch.Tensor` of shape `(n, len(trajectory.steps))`): Of these rows, at each stochastic step.
+        old (`dict[int, Gaussian]`): For each step, the distributions that drew the actions; empty where the objective does not ask.
+        references (`dict`): For each step that was needed so far, the reference's distributions (or model outputs).
+        charges (`torch.Tensor` of shape `(n, len(trajectory.steps))`, *optional*): KL in nats that each action answers for; `None` where the KL has its own
+            gradient only.
+    """
 
     trajectory: Trajectory
     samples: tuple[int, ...]
-    advantages: torch.Tensor  # (B,) for all samples of the trajectory
+    advantages: torch.Tensor
+    old: dict[int, Gaussian] = field(default_factory=dict)
     references: dict[int, Gaussian | torch.Tensor] = field(default_factory=dict)
+    charges: torch.Tensor | None = None
 
-    def transitions(self, steps: tuple[int, ...]) -> Transitions:
-        """One of each sample, at `steps`."""
-        reference = _rows_at([self.references[step] for step in steps]) if self.references else None
-        return self.trajectory.transitions(self.samples, steps, self.advantages, reference)
+    def transitions(self, steps: Sequence[int], charge_weight: float = 0.0) -> Transitions:
+        """One of each sample, at `steps`. `charge_weight`: beta / alpha, what a nat costs in units of the advantage."""
+        advantages = self.advantages if self.charges is None else self.advantages - charge_weight * self.charges
+        device = self.advantages.device
+        columns = torch.tensor([self.trajectory.steps.index(step) for step in steps], device=device)
+        rows = torch.tensor(self.samples, device=device)
+        return Transitions(
+            trajectory=self.trajectory,
+            samples=self.samples,
+            steps=tuple(steps),
+            old_log_prob=self.trajectory.log_probs[rows, columns],
+            advantage=advantages[torch.arange(len(rows), device=device), columns],
+            reference=_rows_at([self.references[step] for step in steps]) if self.references else None,
+            old=_rows_at([self.old[step] for step in steps]) if self.old else None,
+        )
+
+
+@dataclass
+class Round:
+    """What one round of sampling leaves to learn from: all samples, and those that the policy is trained on."""
+
+    sampled: list[SampledBatch]
+    training: list[TrainingBatch]
 
 
 # An optimizer step: for each forward and backward pass in it, a training batch and the denoising step of each of its samples.
@@ -60,32 +92,41 @@ def _rows_at(answers: list[Gaussian | torch.Tensor]) -> Gaussian | torch.Tensor:
     return Gaussian(mean, torch.stack([answer.std[row] for row, answer in enumerate(answers)]))
 
 
-def cut_batches(batches: list[SampledBatch], advantages: torch.Tensor, size: int) -> list[TrainingBatch]:
-    """Cuts sampling batches into training batches of `size` samples; `advantages` has an entry for each sample of `batches`."""
-    per_batch = advantages.split([len(batch.trajectory) for batch in batches])
-    return [
-        TrainingBatch(
-            batch.trajectory,
-            tuple(range(row, row + size)),
-            advantages_of_batch.to(batch.trajectory.log_probs.device),  # once, and not for each transition
-        )
-        for batch, advantages_of_batch in zip(batches, per_batch, strict=True)
-        for row in range(0, len(batch.trajectory), size)
-    ]
+def cut_batches(
+    batches: Sequence[SampledBatch], advantages: torch.Tensor, kept: torch.Tensor, size: int
+) -> list[TrainingBatch]:
+    """Cuts sampling batches into training batches of `size` samples.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(N,)` or `(N, S)`): For each sample of `batches`, the same for all of its steps or not.
+        kept (`torch.BoolTensor` of shape `(N,)`): The samples to train on.
+    """
+    cut = []
+    lengths = [len(batch.trajectory) for batch in batches]
+    for batch, of_batch, keep in zip(batches, advantages.split(lengths), kept.split(lengths), strict=True):
+        trajectory = batch.trajectory
+        of_batch = of_batch.to(trajectory.log_probs.device)  # once, and not for each transition
+        of_batch = of_batch.reshape(len(trajectory), -1).expand(len(trajectory), len(trajectory.steps))
+        rows = keep.nonzero().flatten().tolist()
+        for start in range(0, len(rows), size):
+            samples = tuple(rows[start : start + size])
+            cut.append(TrainingBatch(trajectory, samples, of_batch[list(samples)]))
+    return cut
 
 
 def plan_updates(
-    batches: list[TrainingBatch],
+    batches: Sequence[TrainingBatch],
     *,
+    count: int,
     timestep_fraction: float,
     accumulation: int,
     timesteps_per_update: int | None,
     random: np.random.Generator,
     mixed: bool = False,
 ) -> list[Update]:
-    """The optimizer steps of one pass over the training batches.
+    """The optimizer steps of one pass.
 
-    Training batches are shuffled and taken `accumulation` at a time. Of each, `timestep_fraction` of the stochastic steps is drawn, in
+    `count` of the training batches are drawn, without replacement and in random order, and taken `accumulation` at a time. Of each, `timestep_fraction` of the stochastic steps is drawn, in
     random order, and split evenly over optimizer steps with at most `timesteps_per_update` each (`None`: all in one, as in DDPO). The
     optimizer steps are shuffled too. `mixed`: the order is drawn for each sample, so that a forward pass sees samples at different steps.
 
@@ -93,7 +134,7 @@ def plan_updates(
         `ValueError`: If the fraction selects no step.
     """
     updates: list[Update] = []
-    order = random.permutation(len(batches))
+    order = random.permutation(len(batches))[:count]
     for start in range(0, len(order), accumulation):
         chosen = [batches[index] for index in order[start : start + accumulation]]
         steps = [_choose_steps(batch, timestep_fraction, random, mixed) for batch in chosen]

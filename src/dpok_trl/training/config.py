@@ -6,10 +6,11 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from dpok_trl.training.config_checks import check
+from dpok_trl.training.presets import preset_values
 
 
 TRACKERS = ("all", "tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
@@ -469,6 +470,19 @@ class DPOKConfig:
         if self.mixed_precision is False:
             self.mixed_precision = "no"  # YAML reads a bare no as false
         check(self)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> DPOKConfig:
+        """A published or measured setting by name, with the source of every value on docs/presets.md.
+
+        Args:
+            name (`str`): `"paper-single"`, `"official-code"`, `"ddpo"` ...: a key of `dpok_trl.training.presets.PRESETS`.
+            overrides: Fields that are to be other than in the preset; they win.
+
+        Raises:
+            `ValueError`: If there is no such preset or no such field, with the nearest that there is; and as the constructor.
+        """
+        return cls(**preset_values(name, overrides, [item.name for item in fields(cls)]))
 
     def to_dict(self) -> dict[str, Any]:
         """A flat dict; keys of nested dicts are joined by "/"."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from dpok_trl.core.gaussian import Reduction
 from dpok_trl.policy.policy import Policy
+from dpok_trl.policy.replayer import ReplayedStep
 from dpok_trl.training.batches import TrainingBatch
 
 
@@ -29,7 +30,7 @@ def check_ratio(
     *,
     reanchor: bool | None,
     with_grad: bool,
-    clip_range: float,
+    tolerance: float,
     reduction: Reduction,
     largest: Callable[[torch.Tensor], float],
 ) -> bool:
@@ -41,7 +42,7 @@ def check_ratio(
     Args:
         reanchor (`bool`, *optional*): What the user wants; `None`: re-anchor if there is any deviation.
         with_grad (`bool`): See [`anchor`].
-        clip_range (`float`): Deviations must stay below a tenth of it.
+        tolerance (`float`): Deviations must stay below it.
         largest (`Callable`): The largest entry of a tensor over all processes, so that all decide alike.
 
     Returns:
@@ -51,12 +52,12 @@ def check_ratio(
         [`RatioError`]
     """
     rollout = batch.trajectory.log_probs[list(batch.samples)]
-    replay = replayed_log_probs(policy, batch, verify=True, apart=True)
-    between = largest((replayed_log_probs(policy, batch) - replay).abs())
-    if not between <= clip_range / 10:
+    replayed = _log_probs(replay(policy, batch, verify=True, apart=True))
+    between = largest((_log_probs(replay(policy, batch)) - replayed).abs())
+    if not between <= tolerance:
         what = "a step replayed alone gives other log-probabilities than in a walk with the steps before it: the pipeline carries something from step to step"
-        raise RatioError(_causes(what, between, clip_range / 10))
-    deviation = largest((replay - rollout).abs())
+        raise RatioError(_causes(what, between, tolerance))
+    deviation = largest((replayed - rollout).abs())
     dimensions = batch.trajectory.latents[0][0].numel() if reduction == "sum" else 1
     if not deviation <= LARGEST_ROUNDING * dimensions:
         what = "a replay of the first batch gives other log-probabilities than its rollout"
@@ -72,40 +73,44 @@ def check_ratio(
                 deviation,
             )
     if reanchor:
-        anchored = replayed_log_probs(policy, batch, with_grad=True) if with_grad else replay
-        deviation = largest((replayed_log_probs(policy, batch, with_grad=with_grad) - anchored).abs())
-    if not deviation <= clip_range / 10:
+        anchored = _log_probs(replay(policy, batch, with_grad=True)) if with_grad else replayed
+        deviation = largest((_log_probs(replay(policy, batch, with_grad=with_grad)) - anchored).abs())
+    if not deviation <= tolerance:
         what = (
             "two replays of one batch differ"
             if reanchor
             else "train_reanchor = False, and the replay differs from the rollout"
         )
-        raise RatioError(_causes(what, deviation, clip_range / 10))
+        raise RatioError(_causes(what, deviation, tolerance))
     return reanchor
 
 
-def refuse_ratio(deviation: float, clip_range: float) -> None:
-    """Raises [`RatioError`] if the ratios of the very first update, taken with gradients, are off by more than a tenth of the clip range."""
-    if not deviation <= clip_range / 10:
-        raise RatioError(_causes("the ratio of the first update is not 1", deviation, clip_range / 10))
+def refuse_ratio(deviation: float, tolerance: float) -> None:
+    """Raises [`RatioError`] if the ratios of the very first update, taken with gradients, are off by more than `tolerance`."""
+    if not deviation <= tolerance:
+        raise RatioError(_causes("the ratio of the first update is not 1", deviation, tolerance))
 
 
-def anchor(policy: Policy, batches: list[TrainingBatch], with_grad: bool) -> None:
+def anchor(policy: Policy, batches: Sequence[TrainingBatch], with_grad: bool, keep_distributions: bool) -> None:
     """Takes the old log-probabilities of training batches from a replay at their own shape.
 
     Args:
         with_grad (`bool`): In gradient mode, as the update will compute them: a compiled network is another graph there, which rounds differently.
+        keep_distributions (`bool`): Keep the distributions that drew the actions as well (`TrainingBatch.old`), as much memory as the latents.
     """
     for batch in batches:
+        replayed = replay(policy, batch, with_grad=with_grad)
         log_probs = batch.trajectory.log_probs.clone()
-        log_probs[list(batch.samples)] = replayed_log_probs(policy, batch, with_grad=with_grad)
+        log_probs[list(batch.samples)] = _log_probs(replayed)
         batch.trajectory = batch.trajectory.with_log_probs(log_probs)
+        if keep_distributions:
+            batch.old = {step: one.distribution for step, one in replayed.items()}
 
 
-def replayed_log_probs(
+def replay(
     policy: Policy, batch: TrainingBatch, verify: bool = False, with_grad: bool = False, apart: bool = False
-) -> torch.Tensor:
-    """Log-probabilities `(n, steps)` of a training batch at all its stochastic steps, under the policy as it is now, without their graph.
+) -> dict[int, ReplayedStep]:
+    """A training batch at all its stochastic steps, in their order, under the policy as it is now, without the graph.
 
     Args:
         apart (`bool`): Each step in a replay of its own, as in an update.
@@ -114,12 +119,16 @@ def replayed_log_probs(
     # One step at a time with gradients, whose graph is then freed. Apart, from the last to the first: in the other order a state that goes from step to
     # step would be built up as in the rollout.
     groups = [[step] for step in reversed(steps)] if with_grad or apart else [list(steps)]
-    columns = {}
+    answers = {}
     for group in groups:
         with torch.set_grad_enabled(with_grad):
             replayed = policy(batch.trajectory, batch.samples, group, verify)
-        columns.update({step: one.log_prob.detach() for step, one in zip(group, replayed, strict=True)})
-    return torch.stack([columns[step] for step in steps], dim=1)
+        answers.update({step: one.detach() for step, one in zip(group, replayed, strict=True)})
+    return {step: answers[step] for step in steps}
+
+
+def _log_probs(replayed: Mapping[int, ReplayedStep]) -> torch.Tensor:
+    return torch.stack([one.log_prob for one in replayed.values()], dim=1)
 
 
 def _causes(what: str, deviation: float, allowed: float) -> str:

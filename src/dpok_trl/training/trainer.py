@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,9 +21,27 @@ from peft import LoraConfig
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from dpok_trl.core.advantages import PerPromptStatTracker, batch_advantages, clip_advantages, group_advantages
+from dpok_trl.core.advantages import (
+    PerPromptStatTracker,
+    batch_advantages,
+    best_and_worst,
+    clip_advantages,
+    group_advantages,
+    leave_one_out,
+    leave_one_out_advantages,
+    raw_advantages,
+    value_advantages,
+)
 from dpok_trl.core.gaussian import Gaussian
-from dpok_trl.core.objectives import OBJECTIVES, noise_kl, probability_ratio, ratio_metrics
+from dpok_trl.core.objectives import (
+    OBJECTIVES,
+    kl_mask_loss,
+    kl_mask_metrics,
+    noise_kl,
+    probability_ratio,
+    ratio_metrics,
+    reinforce_loss,
+)
 from dpok_trl.core.trajectory import Transitions
 from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline
 from dpok_trl.policy.hooks import PipelineHooks
@@ -34,10 +52,12 @@ from dpok_trl.results.runlog import RunLog, log_images_to
 from dpok_trl.rewards.base import RewardError
 from dpok_trl.rewards.binding import TrainerState
 from dpok_trl.rewards.combining import RewardSet
-from dpok_trl.training.batches import SampledBatch, TrainingBatch, Update, cut_batches, plan_updates
+from dpok_trl.training.batches import Round, SampledBatch, TrainingBatch, Update, cut_batches, plan_updates
 from dpok_trl.training.building import build_policy, encoders_off_the_device
 from dpok_trl.training.checkpoint import Checkpoints
 from dpok_trl.training.config import DPOKConfig
+from dpok_trl.training.critic import Critic
+from dpok_trl.training.kl import adapted_weight, kl_of_actions
 from dpok_trl.training.publishing import PublishingMixin
 from dpok_trl.training.ratio import RatioError, anchor, check_ratio, refuse_ratio
 from dpok_trl.training.scoring import Scoring
@@ -131,6 +151,10 @@ class DPOKTrainer(PublishingMixin):
                 config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
             )
 
+        self.critic = Critic(config, self.accelerator) if config.train_adv_type == "value" else None
+        self.kl_weight = config.kl_weight  # changes with a warm-up or a target_kl
+        self.buffer: deque[Round] = deque(maxlen=config.train_buffer_rounds)
+
         self.first_epoch = 0
         self.global_step = 0
         self.seconds = 0.0  # of training, over all resumed parts
@@ -161,11 +185,11 @@ class DPOKTrainer(PublishingMixin):
             `FloatingPointError`: If the loss or the gradient becomes NaN or infinite.
         """
         resume = resume_from_checkpoint
-        if resume is None and self.global_step == 0:
+        if resume is None and self.first_epoch == 0:
             resume = self.config.resume_from
         if resume:
             self.checkpoints.resume(self.output_dir if resume is True else Path(resume))
-        elif self.global_step == 0:
+        elif self.first_epoch == 0:
             self.checkpoints.refuse_other_run()
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers(  # here and not in the constructor: they are closed at the end of `train`, and it may be called again
@@ -198,28 +222,57 @@ class DPOKTrainer(PublishingMixin):
 
     def step(self, epoch: int, global_step: int) -> int:
         """One round: sample, score, and update on what was sampled. Returns the number of optimizer steps done so far."""
-        batches, sampling_metrics = self.sample(epoch)
+        if self.config.kl_warmup_epochs:
+            self.kl_weight = self.config.kl_weight if epoch >= self.config.kl_warmup_epochs else 0.0
+        if len(self.buffer) == self.buffer.maxlen:
+            self.buffer.popleft()  # it has had its last use: free its memory before there are new samples
+        batches, metrics = self.sample(epoch)
         prompts, rewards, reward_metrics = self.scoring.gather(batches)
-        advantages = self.advantages(prompts, rewards)
-        self._log_round(
-            epoch, global_step, batches, {"images": (epoch + 1) * len(rewards), **reward_metrics, **sampling_metrics}
-        )
+        metrics = {"images": (epoch + 1) * len(rewards), **reward_metrics, **metrics}
+        values = None
+        if self.critic is not None:
+            values, value_metrics = self.critic.values(batches, rewards)
+            metrics.update(value_metrics)
+        advantages = self.advantages(prompts, rewards, values)
+        self._log_round(epoch, global_step, batches, metrics)
         for batch in batches:
             batch.trajectory = batch.trajectory.without_images()  # as large as all latents, and the update needs none
 
         started = time.monotonic()
         kl = []
         with encoders_off_the_device(self.policy, self.config.sample_offload_encoders):
-            training_batches = self._training_batches(batches, advantages)
-            for inner_epoch in range(self.config.train_num_inner_epochs):
-                for update in self._updates(training_batches, epoch, inner_epoch):
-                    metrics = self._update(update)
+            self.buffer.append(Round(batches, self._training_batches(batches, advantages)))
+            metrics = {}
+            if self.critic is not None:
+                metrics.update(self.critic.fit([one.sampled for one in self.buffer], epoch))
+            passes = self.config.train_num_inner_epochs if epoch >= self.config.value_warmup_epochs else 0
+            for inner_epoch in range(passes):
+                for update in self._updates(epoch, inner_epoch):
+                    update_metrics = self._update(update)
                     self.global_step = global_step = global_step + 1
-                    self._log({"epoch": epoch, "inner_epoch": inner_epoch, **metrics}, global_step)
-                    kl += [metrics["kl"]] if "kl" in metrics else []
-        self._log({"epoch": epoch, "time/update": time.monotonic() - started}, global_step)
+                    self._log({"epoch": epoch, "inner_epoch": inner_epoch, **update_metrics}, global_step)
+                    kl += [update_metrics["kl"]] if "kl" in update_metrics else []
+        if kl:
+            metrics.update(self._end_of_round_kl(epoch, sum(kl) / len(kl)))
+        self._log({"epoch": epoch, **metrics, "time/update": time.monotonic() - started}, global_step)
         self._shown = {"reward": reward_metrics["reward"]} | ({"kl": sum(kl) / len(kl)} if kl else {})
         return global_step
+
+    def _end_of_round_kl(self, epoch: int, kl: float) -> dict[str, float]:
+        """Adapts the KL's weight and moves its reference, where the config says so."""
+        config = self.config
+        metrics = {"kl_weight": self.kl_weight}
+        if config.kl_type == "gaussian":
+            trajectory = self.buffer[-1].training[0].trajectory
+            dimensions = trajectory.latents[0][0].numel() if config.train_log_prob_reduction == "mean" else 1
+            metrics["kl_path"] = kl * dimensions * len(trajectory.steps)
+        if config.target_kl is not None:
+            self.kl_weight = adapted_weight(self.kl_weight, metrics["kl_path"], config.target_kl)
+        if config.reference_update_epochs is not None and (epoch + 1) % config.reference_update_epochs == 0:
+            self.tuned.move_reference()
+            for batch in (batch for one in self.buffer for batch in one.training):
+                batch.references.clear()
+        return metrics
 
     # ---------------------------------------------------------------- sampling and rewards
 
@@ -295,12 +348,24 @@ class DPOKTrainer(PublishingMixin):
         rewards, metadata = zip(*self.scoring.compute(prompt_image_pairs, is_async), strict=True)
         return rewards, metadata
 
-    def advantages(self, prompts: Sequence[str], rewards: torch.Tensor) -> torch.Tensor:
-        """Advantages `(N,)` of the samples of all processes, whitened by `per_prompt_stat_tracking` or `train_adv_type`, and clipped. A sample whose reward is
-        not finite has the advantage 0 and is out of every statistic."""
+    def advantages(
+        self, prompts: Sequence[str], rewards: torch.Tensor, values: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Advantages of the samples of all processes by `per_prompt_stat_tracking` or `train_adv_type`, clipped. A sample whose reward is not finite has the
+        advantage 0 and is out of every statistic.
+
+        Args:
+            prompts (`Sequence[str]` of length `N`)
+            rewards (`torch.Tensor` of shape `(N,)`)
+            values (`torch.Tensor` of shape `(N, S)`, *optional*): V at each step, for `train_adv_type = "value"`.
+
+        Returns:
+            `torch.Tensor` of shape `(N,)`, or `(N, S)` with `values`.
+        """
+        kind, scale = self.config.train_adv_type, self.config.train_adv_scale
         counts = rewards.isfinite()
-        advantages = torch.zeros_like(rewards)
-        if self.config.train_adv_type == "group":
+        advantages = torch.zeros_like(rewards if values is None else values)
+        if kind in ("group", "leave_one_out"):
             # an image whose companions were all left out has nothing to be compared with
             left = Counter(prompt for prompt, one in zip(prompts, counts.tolist(), strict=True) if one)
             counts = counts & torch.tensor([left[prompt] != 1 for prompt in prompts])
@@ -311,35 +376,55 @@ class DPOKTrainer(PublishingMixin):
             rewards[counts],
         )
         if self.stat_tracker is not None:
-            whitened = self.stat_tracker.update(prompts, rewards)
-        elif self.config.train_adv_type == "group":
-            whitened = group_advantages(rewards, prompts)
+            found = self.stat_tracker.update(prompts, rewards, scale)
+        elif kind == "group":
+            found = group_advantages(rewards, prompts, scale)
+        elif kind == "leave_one_out":
+            found = leave_one_out_advantages(rewards, prompts, scale)
+        elif kind == "value":
+            found = value_advantages(rewards, values[counts], scale)
+        elif kind == "none":
+            found = raw_advantages(rewards, scale)
         else:
-            whitened = batch_advantages(rewards)
-        advantages[counts] = clip_advantages(whitened, self.config.train_adv_clip_max)
+            found = batch_advantages(rewards, scale)
+        advantages[counts] = clip_advantages(found, self.config.train_adv_clip_max)
         return advantages
 
     # ---------------------------------------------------------------- the update
 
     def calculate_loss(self, transitions: Transitions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and metrics of one forward pass: the clipped policy gradient plus `kl_weight` times the KL to the pretrained model.
+        """Loss and metrics of one forward pass: `reward_weight` times the policy gradient plus `kl_weight` times the KL to the reference.
 
         Departs from DDPO's method of this name in its argument: a record that the policy can replay instead of loose tensors, so that one
         trainer serves every pipeline.
         """
-        config = self.config
         (replayed,) = self.prepared_policy(transitions.trajectory, transitions.samples, each=transitions.steps)
-        ratio = probability_ratio(replayed.log_prob, transitions.old_log_prob)
-        loss = self.loss(transitions.advantage, config.train_clip_range, ratio)
-        metrics = ratio_metrics(replayed.log_prob, transitions.old_log_prob, config.train_clip_range)
-        if config.kl_weight > 0:
+        loss, metrics = self._policy_loss(replayed, transitions)
+        loss = self.config.reward_weight * loss
+        if transitions.reference is not None:
             kl = self._kl(replayed, transitions.reference).mean()
-            loss = loss + config.kl_weight * kl
+            if self.config.kl_gradient != "reward":  # there the advantages have it
+                loss = loss + self.kl_weight * kl
             metrics["kl"] = kl.detach()
         return loss, {"loss": loss.detach(), **metrics}
 
+    def _policy_loss(
+        self, replayed: ReplayedStep, transitions: Transitions
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        config, advantage = self.config, transitions.advantage
+        clip_range = config.train_clip_range if config.train_objective in OBJECTIVES else None
+        metrics = ratio_metrics(replayed.log_prob, transitions.old_log_prob, clip_range)
+        if config.train_objective == "reinforce":
+            return reinforce_loss(replayed.log_prob, advantage), metrics
+        ratio = probability_ratio(replayed.log_prob, transitions.old_log_prob)
+        if clip_range is not None:
+            return self.loss(advantage, clip_range, ratio), metrics
+        divergence = replayed.distribution.detach().kl(transitions.old, config.train_log_prob_reduction)
+        of_mask = (ratio, advantage, divergence, config.train_kl_threshold)
+        return kl_mask_loss(*of_mask), {**metrics, **kl_mask_metrics(*of_mask)}
+
     def loss(self, advantages: torch.Tensor, clip_range: float, ratio: torch.Tensor) -> torch.Tensor:
-        """The policy's part of the loss, `config.train_objective`: a scalar from advantages and ratios of shape `(n,)`."""
+        """The policy's part of the loss for the objectives that clip (`dpok`, `ppo`): a scalar from advantages and ratios of shape `(n,)`."""
         return OBJECTIVES[self.config.train_objective](ratio, advantages, clip_range)
 
     def _kl(self, replayed: ReplayedStep, reference: Gaussian | torch.Tensor) -> torch.Tensor:
@@ -348,18 +433,22 @@ class DPOKTrainer(PublishingMixin):
         return noise_kl(replayed.model_output, reference, self.config.train_log_prob_reduction)
 
     def _training_batches(self, batches: list[SampledBatch], advantages: torch.Tensor) -> list[TrainingBatch]:
-        """This process's training batches, with old log-probabilities that a replay reproduces."""
+        """This process's training batches of a round, with old log-probabilities that a replay reproduces, and with the advantages of their actions.
+
+        Args:
+            advantages (`torch.Tensor` of shape `(N,)` or `(N, S)`): Of all processes.
+        """
         config = self.config
         count = sum(len(batch.trajectory) for batch in batches)
         first = self.accelerator.process_index * count
-        cut = cut_batches(batches, advantages[first : first + count], config.train_batch_size)
+        cut = cut_batches(batches, advantages[first : first + count], self._kept(batches), config.train_batch_size)
         if not self._ratio_checked:
             self._reanchor = check_ratio(
                 self.prepared_policy,
                 cut[0],
                 reanchor=self._reanchor,
                 with_grad=config.torch_compile,
-                clip_range=config.train_clip_range,
+                tolerance=self._ratio_tolerance,
                 reduction=config.train_log_prob_reduction,
                 largest=self._largest,
             )
@@ -367,23 +456,51 @@ class DPOKTrainer(PublishingMixin):
         steps = cut[0].trajectory.steps
         if config.train_mixed_timesteps and steps not in self._mixes:  # a stochastic window moves
             self._mixes[steps] = self._can_mix(cut[0])
-        if self._reanchor:
-            anchor(self.prepared_policy, cut, with_grad=config.torch_compile)
+        charged = config.kl_gradient != "paper"
+        keep = charged or config.train_objective == "kl_mask"
+        if self._reanchor or keep:
+            anchor(self.prepared_policy, cut, with_grad=config.torch_compile, keep_distributions=keep)
+        if charged:
+            self._charge_kl(cut)
         return cut
+
+    def _kept(self, batches: Sequence[SampledBatch]) -> torch.Tensor:
+        """Which samples of this process are trained on: the best and the worst of each group, or all."""
+        config = self.config
+        if config.train_keep_best is None and config.train_keep_worst is None:
+            return torch.ones(sum(len(batch.trajectory) for batch in batches), dtype=torch.bool)
+        rewards = torch.cat([batch.rewards for batch in batches])
+        groups = torch.arange(len(rewards)) // config.sample_num_images_per_prompt
+        return best_and_worst(rewards, groups, config.train_keep_best or 0, config.train_keep_worst or 0)
+
+    def _charge_kl(self, batches: list[TrainingBatch]) -> None:
+        """Charges each action with the KL that it answers for ([`kl_of_actions`]), against what the other samples of the round are charged with at that step."""
+        self._ask_reference([[(batch, (step,)) for step in batch.trajectory.steps] for batch in batches])
+        own = torch.cat([kl_of_actions(batch, self.config.kl_gradient == "reward") for batch in batches])
+        charges = leave_one_out(self.accelerator.gather(own))
+        first = self.accelerator.process_index * len(own)
+        parts = charges[first : first + len(own)].split([len(batch.samples) for batch in batches])
+        for batch, charge in zip(batches, parts, strict=True):
+            batch.charges = charge
+
+    @property
+    def _ratio_tolerance(self) -> float:
+        """What rounding may do to a log-probability: a tenth of the clip, or a thousandth (of the ratio) where nothing is clipped."""
+        return self.config.train_clip_range / 10 if self.config.train_objective in OBJECTIVES else 1e-3
 
     def _can_mix(self, batch: TrainingBatch) -> bool:
         """A trial of several timesteps in one forward pass; all processes decide alike."""
         with self.accelerator.autocast():
             error = self.policy.mixing_error(batch.trajectory, batch.samples)
         error = self._largest(torch.tensor([math.inf if error is None else error], device=self.accelerator.device))
-        if error <= self.config.train_clip_range / 10:
+        if error <= self._ratio_tolerance:
             return True
         logger.warning(
             "train_mixed_timesteps: the call of %s %s for samples at different timesteps in one forward pass, so training batches stay at one timestep each",
             type(self.pipeline).__name__,
             "fails"
             if math.isinf(error)
-            else f"gives log-probabilities that are off by {error:.3g} (allowed: {self.config.train_clip_range / 10:.3g})",
+            else f"gives log-probabilities that are off by {error:.3g} (allowed: {self._ratio_tolerance:.3g})",
         )
         return False
 
@@ -391,21 +508,23 @@ class DPOKTrainer(PublishingMixin):
         """Over all processes."""
         return self.accelerator.gather(values.amax()[None]).amax().item()
 
-    def _updates(self, batches: list[TrainingBatch], epoch: int, inner_epoch: int) -> Iterator[list[Transitions]]:
+    def _updates(self, epoch: int, inner_epoch: int) -> Iterator[list[Transitions]]:
         """The optimizer steps of one pass, each a list of transitions: one forward and backward pass each."""
         config = self.config
+        batches = [batch for one in self.buffer for batch in one.training]
         plan = plan_updates(
             batches,
+            count=len(self.buffer[-1].training),
             timestep_fraction=config.train_timestep_fraction,
             accumulation=config.train_gradient_accumulation_steps,
             timesteps_per_update=config.train_timesteps_per_update,
             random=np.random.default_rng([config.seed, epoch, inner_epoch, self.accelerator.process_index]),
-            mixed=self._mixes.get(batches[0].trajectory.steps, False),
+            mixed=all(self._mixes.get(batch.trajectory.steps, False) for batch in batches),
         )
         if config.kl_weight > 0:
             self._ask_reference(plan)
         for update in self._progress(plan, "update"):
-            yield [batch.transitions(steps) for batch, steps in update]
+            yield [batch.transitions(steps, self.kl_weight / config.reward_weight) for batch, steps in update]
 
     @torch.no_grad()
     def _ask_reference(self, plan: list[Update]) -> None:
@@ -458,7 +577,7 @@ class DPOKTrainer(PublishingMixin):
                     "sample_min_std)."
                 )
         if self._first_update:
-            refuse_ratio(metrics["policy/ratio_deviation_max"], self.config.train_clip_range)
+            refuse_ratio(metrics["policy/ratio_deviation_max"], self._ratio_tolerance)
             self._first_update = False
 
     def _reduce(self, values: dict[str, list[torch.Tensor]]) -> dict[str, float]:

@@ -1,0 +1,94 @@
+"""The value function of a run: what it is asked for each round, and what it learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from dpok_trl.core.trajectory import Trajectory
+from dpok_trl.core.value import ValueFunction, explained_variance
+from dpok_trl.policy.features import value_inputs
+from dpok_trl.training.batches import SampledBatch
+from dpok_trl.training.config import DPOKConfig
+
+
+class Critic:
+    """V(x_t, prompt, t), regressed on the reward that a trajectory ends with (DPOK, https://arxiv.org/abs/2305.16381, appendix A.5).
+
+    Args:
+        config ([`DPOKConfig`]): Its `value_` settings.
+        accelerator (`Accelerator`)
+    """
+
+    def __init__(self, config: DPOKConfig, accelerator: Accelerator):
+        self.config = config
+        self.accelerator = accelerator
+        self.function = ValueFunction(
+            learning_rate=config.value_learning_rate,
+            scale_targets=config.value_scale_targets,
+            seed=config.seed,
+            device=accelerator.device,
+        )
+
+    def values(self, batches: Sequence[SampledBatch], rewards: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        """V at each stochastic step of a new round, **before** V has seen it: a baseline that depends on no reward of the round but through their mean.
+
+        Args:
+            batches: Of this process.
+            rewards (`torch.Tensor` of shape `(N,)`): Of all processes, NaN for an image that does not count.
+
+        Returns:
+            `tuple[torch.Tensor, dict[str, float]]`: `(N, S)` float32 of all processes, on the CPU; `value/explained_variance`.
+        """
+        counts = rewards.isfinite()
+        self.function.observe(rewards[counts])
+        values = self.accelerator.gather(torch.cat([self._values_of(batch.trajectory) for batch in batches])).cpu()
+        targets = rewards[counts][:, None].expand(-1, values.shape[1])
+        return values, {"value/explained_variance": explained_variance(values[counts].flatten(), targets.flatten())}
+
+    def fit(self, rounds: Sequence[Sequence[SampledBatch]], epoch: int) -> dict[str, float]:
+        """Some steps of regression on the transitions of all rounds in the buffer, drawn at random.
+
+        Returns:
+            `dict[str, float]`: `value/loss`.
+        """
+        config = self.config
+        random = np.random.default_rng([config.seed, epoch, self.accelerator.process_index])
+        transitions = [
+            (batch, row, step)
+            for batch in (batch for one_round in rounds for batch in one_round)
+            for row in batch.rewards.isfinite().nonzero().flatten().tolist()
+            for step in batch.trajectory.steps
+        ]
+
+        def draw(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            # fewer than wanted only where rewards have failed
+            chosen = random.choice(len(transitions), count, replace=count > len(transitions))
+            picked = [transitions[index] for index in chosen]
+            inputs = [value_inputs(batch.trajectory, [row], [step]) for batch, row, step in picked]
+            steps = torch.tensor([step for _, _, step in picked], device=self.accelerator.device)
+            rewards = torch.stack([batch.rewards[row] for batch, row, _ in picked]).to(self.accelerator.device)
+            return torch.cat(inputs), steps, rewards
+
+        loss = self.function.fit(
+            draw,
+            batch_size=config.value_batch_size,
+            updates=config.value_num_updates,
+            accumulation=config.value_gradient_accumulation_steps,
+            average=lambda gradient: self.accelerator.reduce(gradient, "mean"),
+        )
+        return {
+            "value/loss": self.accelerator.reduce(torch.tensor(loss, device=self.accelerator.device), "mean").item()
+        }
+
+    def _values_of(self, trajectory: Trajectory) -> torch.Tensor:
+        """`(B, S)`."""
+        columns = []
+        for step in trajectory.steps:
+            inputs = value_inputs(trajectory, range(len(trajectory)), [step] * len(trajectory))
+            self.function.build(inputs.shape[1], len(trajectory.next_latents))
+            columns.append(self.function.predict(inputs, torch.full((len(inputs),), step, device=inputs.device)))
+        return torch.stack(columns, dim=1)
