@@ -3,13 +3,16 @@
 The trainer asks a [`PromptSource`] for the prompts of its own process, again and again. Listed prompts are used in
 shuffled passes over the whole list, and the order is a function of the seed and of how many prompts all processes
 together have used so far. So no prompt is left out on any number of processes, and a run is resumed by remembering
-one number.
+one number. With weights a pass holds a prompt more than once, or not at all.
 """
 
+import math
 import random
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from numbers import Real
 from typing import Any
 
 
@@ -125,12 +128,19 @@ class _FunctionPrompts(PromptSource):
 
 
 class _ListedPrompts(PromptSource):
-    """Shuffled passes over known prompts: every prompt exactly once in each pass."""
+    """Shuffled passes over known prompts: every prompt exactly once in each pass, or as often as its weight says."""
 
-    def __init__(self, prompts: Sequence[str], metadata_of: Callable[[int], Any], **options: Any) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        metadata_of: Callable[[int], Any],
+        weights: Sequence[Real] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         self._prompts = prompts
         self._metadata_of = metadata_of
+        self._bounds = None if weights is None else _cumulative(weights)
         self.num_prompts = len(prompts)
         self._shuffled: tuple[int, list[int]] = (-1, [])  # (pass, its order), so that one shuffle serves a pass
 
@@ -142,6 +152,9 @@ class _ListedPrompts(PromptSource):
         pass_index, offset = divmod(position, len(self._prompts))
         if self._shuffled[0] != pass_index:
             order = list(range(len(self._prompts)))
+            if self._bounds is not None:
+                counts = _systematic_counts(self._bounds, random.Random(f"{self.seed}/{pass_index}/offset"))
+                order = [row for row, count in enumerate(counts) for _ in range(count)]
             # A generator of our own for each pass: the order depends on nothing else that the run draws.
             random.Random(f"{self.seed}/{pass_index}").shuffle(order)
             self._shuffled = (pass_index, order)
@@ -155,6 +168,7 @@ def prompt_source(
     seed: int = 0,
     process_index: int = 0,
     num_processes: int = 1,
+    weight_column: str | None = None,
 ) -> PromptSource:
     """
     Make a [`PromptSource`] of whatever the user gave as `prompt_function`.
@@ -169,13 +183,18 @@ def prompt_source(
         images_per_prompt (`int`, defaults to 1): how many images each prompt drawn is used for.
         seed (`int`, defaults to 0): of the shuffles; the same on every process.
         process_index (`int`, defaults to 0) and num_processes (`int`, defaults to 1): this process among all of them.
+        weight_column (`str`, *optional*): column of the dataset, or entry of the metadata of a list, that holds a weight
+            w_i >= 0. A pass stays N draws long for N prompts, and in each of them prompt i is drawn N * w_i / sum(w)
+            times, rounded down or up at random, with that mean (systematic resampling). `None`: once.
 
     Returns:
         [`PromptSource`]
 
     Raises:
-        `TypeError`: for another kind of object, or a prompt that is not a string (its index and type are named).
-        `ValueError`: if there is no prompt, or the dataset has no column `"prompt"`.
+        `TypeError`: for another kind of object, or a prompt that is not a string or a weight that is not a number (its
+            index and type are named).
+        `ValueError`: if there is no prompt, or the dataset has no column `"prompt"`; if a prompt has no weight, a weight
+            is negative or not finite, or all are 0; for weights of a function.
 
     Example:
 
@@ -196,17 +215,25 @@ def prompt_source(
         prompt_function = [prompt_function]
     if isinstance(prompt_function, (list, tuple)):
         prompts, metadata = _read_list(prompt_function)
-        return _ListedPrompts(prompts, metadata.__getitem__, **options)
+        weights = None if weight_column is None else _weights_of_list(metadata, weight_column)
+        return _ListedPrompts(prompts, metadata.__getitem__, weights, **options)
     # An object of the datasets library can only exist where that library was imported; we need not import it to know.
     library = sys.modules.get("datasets")
     if library is not None and isinstance(prompt_function, library.Dataset):
-        return _ListedPrompts(_read_column(prompt_function), _columns_of(prompt_function), **options)
+        prompts, metadata_of = _read_column(prompt_function), _columns_of(prompt_function)
+        weights = None if weight_column is None else _weights_of_dataset(prompt_function, weight_column)
+        return _ListedPrompts(prompts, metadata_of, weights, **options)
     if library is not None and isinstance(prompt_function, library.DatasetDict):
         raise TypeError(
             f"prompt_function is a datasets.DatasetDict with the splits {sorted(prompt_function)}: pass one of them, "
             f"e.g. dataset[{sorted(prompt_function)[0]!r}]."
         )
     if callable(prompt_function):
+        if weight_column is not None:
+            raise ValueError(
+                f"weight_column = {weight_column!r} with a prompt function: it decides itself how often it returns a "
+                "prompt. Draw by the weights inside it, or give a list or a datasets.Dataset."
+            )
         return _FunctionPrompts(prompt_function, **options)
     raise TypeError(f"prompt_function must be {_ACCEPTED}; got {_describe(prompt_function)}.")
 
@@ -250,6 +277,57 @@ def _columns_of(dataset: Any) -> Callable[[int], dict[str, Any]]:
     if not others.column_names:
         return lambda row: {}
     return lambda row: others[row]
+
+
+def _weights_of_list(metadata: Sequence[Any], column: str) -> list[float]:
+    for index, entry in enumerate(metadata):
+        if not (isinstance(entry, dict) and column in entry):
+            has = f"has {sorted(map(str, entry))}" if isinstance(entry, dict) else f"is {_describe(entry)}"
+            raise ValueError(
+                f"weight_column = {column!r}, but the metadata of prompt {index} {has}. Write (prompt, {{{column!r}: 1.0}}) "
+                "for every prompt."
+            )
+    return _checked_weights([entry[column] for entry in metadata], column)
+
+
+def _weights_of_dataset(dataset: Any, column: str) -> list[float]:
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"weight_column = {column!r} is no column of the prompts; their columns are {dataset.column_names}."
+        )
+    return _checked_weights(list(dataset.select_columns(column).with_format(None)[column]), column)
+
+
+def _checked_weights(weights: Sequence[Any], column: str) -> list[float]:
+    for row, weight in enumerate(weights):
+        if not isinstance(weight, Real) or isinstance(weight, bool):
+            raise TypeError(f"row {row} of the weights {column!r} must be a number; it is {_describe(weight)}.")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"row {row} of the weights {column!r} must be finite and at least 0; it is {weight}.")
+    if not any(weights):
+        raise ValueError(f"all {len(weights)} weights {column!r} are 0: no prompt could be drawn. Make one positive.")
+    return [float(weight) for weight in weights]
+
+
+def _cumulative(weights: Sequence[float]) -> list[int]:
+    """The running sums of the weights over a common denominator: integers, so that equal weights are exactly equal shares."""
+    ratios = [weight.as_integer_ratio() for weight in weights]
+    denominator = max(below for _, below in ratios)  # powers of two
+    return list(accumulate(above * (denominator // below) for above, below in ratios))
+
+
+def _systematic_counts(bounds: Sequence[int], generator: random.Random) -> list[int]:
+    """How often each of N prompts is drawn in a pass of N draws: systematic resampling.
+
+    N equally spaced points, moved by one offset u in [0, 1), are laid over the line on which prompt i has a piece of length
+    N * w_i / sum(w); a prompt is drawn for each point in its piece. So its count is that length rounded down or up, its
+    mean over u is that length, and the counts add up to N (Kitagawa 1996, "Monte Carlo filter and smoother").
+    """
+    number, total = len(bounds), bounds[-1]
+    offset = generator.getrandbits(53)  # u * 2^53
+    # points k + u below the end of a piece: ceil(N * bound / total - u), in integers
+    ends = [-((offset * total - (number * bound << 53)) // (total << 53)) for bound in bounds]
+    return [end - start for start, end in pairwise([0, *ends])]
 
 
 def _describe(value: Any) -> str:
