@@ -1,5 +1,6 @@
 """Advantages by hand, against DDPO's tracker, and in every order."""
 
+import itertools
 import json
 import math
 from collections import deque
@@ -10,9 +11,14 @@ import torch
 from dpok_trl.core.advantages import (
     PerPromptStatTracker,
     batch_advantages,
+    best_and_worst,
     clip_advantages,
     group_advantages,
+    kl_to_go,
+    leave_one_out,
     leave_one_out_advantages,
+    raw_advantages,
+    value_advantages,
 )
 
 
@@ -22,20 +28,69 @@ PROMPTS = ["dog", "cat", "dog", "cat", "dog", "wolf", "wolf", "cat"]
 REWARDS = torch.tensor([1.0, -2.0, 3.5, 0.25, 0.1, 7.0, 5.0, 1e-3])
 
 
-def functions():
+def every(scale):
+    """Every kind of advantage as a function of rewards and prompts."""
+
     def tracked(rewards, prompts):
-        return PerPromptStatTracker(buffer_size=4, min_count=2).update(prompts, rewards)
+        return PerPromptStatTracker(buffer_size=4, min_count=2).update(prompts, rewards, scale=scale)
+
+    def by_value(rewards, prompts):  # two steps, and a value for each prompt
+        expected = torch.tensor([{"dog": 0.25, "cat": -1.0}.get(prompt, 2.0) for prompt in prompts])
+        return value_advantages(rewards, torch.stack([expected, 2 * expected], dim=1), scale=scale)
 
     return {
-        "batch": lambda rewards, prompts: batch_advantages(rewards),
-        "group": group_advantages,
-        "group_unscaled": lambda rewards, prompts: group_advantages(rewards, prompts, scale=False),
-        "leave_one_out": leave_one_out_advantages,
+        "none": lambda rewards, prompts: raw_advantages(rewards, scale=scale),
+        "batch": lambda rewards, prompts: batch_advantages(rewards, scale=scale),
+        "group": lambda rewards, prompts: group_advantages(rewards, prompts, scale=scale),
+        "leave_one_out": lambda rewards, prompts: leave_one_out_advantages(rewards, prompts, scale=scale),
         "tracker": tracked,
+        "value": by_value,
+    }
+
+
+def functions():
+    return {
+        f"{name}-{'scaled' if scale else 'unscaled'}": f for scale in (True, False) for name, f in every(scale).items()
     }
 
 
 EVERY_FUNCTION = pytest.mark.parametrize("function", functions().values(), ids=functions())
+
+
+def test_every_baseline_by_hand_with_and_without_scale():
+    rewards, prompts = torch.tensor([1.0, 3.0, 8.0, 4.0]), ["a", "a", "b", "b"]
+    # Of all: mean 4, population std sqrt((9 + 1 + 16 + 0) / 4). Of "a": mean 2, std 1. Of "b": mean 6, std 2.
+    std = math.sqrt(6.5) + 1e-8
+    by_hand = {
+        "none": ([1.0, 3.0, 8.0, 4.0], [std] * 4),
+        "batch": ([-3.0, -1.0, 4.0, 0.0], [std] * 4),
+        "group": ([-1.0, 1.0, 2.0, -2.0], [1.0001, 1.0001, 2.0001, 2.0001]),
+        "leave_one_out": ([-2.0, 2.0, 4.0, -4.0], [1.0001, 1.0001, 2.0001, 2.0001]),
+        "tracker": ([-1.0, 1.0, 2.0, -2.0], [1 + 1e-6, 1 + 1e-6, 2 + 1e-6, 2 + 1e-6]),
+    }
+    for scale in (True, False):
+        kinds = every(scale)
+        assert kinds.keys() == {*by_hand, "value"}
+        for name, (differences, stds) in by_hand.items():
+            expected = [d / s if scale else d for d, s in zip(differences, stds, strict=True)]
+            assert kinds[name](rewards, prompts).tolist() == pytest.approx(expected, rel=FLOAT32_TOLERANCE), name
+        values = torch.tensor([[0.5, 1.0], [0.5, 5.0], [9.0, 8.0], [0.0, -4.0]])
+        expected = torch.tensor([[0.5, 0.0], [2.5, -2.0], [-1.0, 0.0], [4.0, 8.0]]) / (std if scale else 1.0)
+        actual = value_advantages(rewards, values, scale=scale)
+        torch.testing.assert_close(actual, expected, rtol=FLOAT32_TOLERANCE, atol=0.0)
+
+
+def test_what_is_scaled_by_default():
+    for name, scaled in every(True).items():
+        unscaled = every(False)[name]
+        assert not torch.equal(scaled(REWARDS, PROMPTS), unscaled(REWARDS, PROMPTS))
+    values = torch.zeros(8, 1)
+    assert torch.equal(raw_advantages(REWARDS), raw_advantages(REWARDS, scale=True))
+    assert torch.equal(value_advantages(REWARDS, values), value_advantages(REWARDS, values, scale=True))
+    assert torch.equal(batch_advantages(REWARDS), batch_advantages(REWARDS, scale=True))
+    assert torch.equal(
+        leave_one_out_advantages(REWARDS, PROMPTS), leave_one_out_advantages(REWARDS, PROMPTS, scale=False)
+    )
 
 
 def test_batch_advantages_by_hand():
@@ -72,9 +127,10 @@ def test_the_mean_of_every_group_is_zero(scale):
             assert advantages[rows].std(correction=0).item() == pytest.approx(1.0, abs=1e-3)
 
 
-@EVERY_FUNCTION
-def test_equal_rewards_have_no_advantage(function):
-    assert torch.equal(function(torch.full((8,), 0.1), PROMPTS), torch.zeros(8))
+@pytest.mark.parametrize("name", [name for name in functions() if name not in ("none-unscaled", "value-unscaled")])
+def test_equal_rewards_have_no_advantage(name):
+    # Nor where nothing was subtracted: they have no scale.
+    assert (functions()[name](torch.full((8,), 0.1), PROMPTS) == 0).all()
 
 
 @EVERY_FUNCTION
@@ -101,7 +157,8 @@ def test_rewards_of_any_dtype_are_computed_in_full_precision(function, dtype):
     actual = function(rewards, PROMPTS)
     assert actual.dtype == torch.float32
     assert torch.equal(actual, function(rewards.float(), PROMPTS))
-    assert (actual != actual.round()).any()  # nothing was truncated
+    if not torch.equal(actual, rewards.float()):  # no baseline, no scale
+        assert (actual != actual.round()).any()  # nothing was truncated
 
 
 @EVERY_FUNCTION
@@ -133,6 +190,213 @@ def test_clip_advantages():
     assert clipped.tolist() == [-5.0, -5.0, 0.5, 5.0]
     with pytest.raises(ValueError, match="must be > 0"):
         clip_advantages(clipped, 0.0)
+
+
+def test_values_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(3, 2\) for 2 rewards"):
+        value_advantages(torch.ones(2), torch.ones(3, 2))
+    with pytest.raises(ValueError, match=r"values must have shape \(B, S\)"):
+        value_advantages(torch.ones(2), torch.ones(2))
+    with pytest.raises(ValueError, match=r"1 of 4 values are not finite \(first: row 1, step 0 is nan\)"):
+        value_advantages(torch.ones(2), torch.tensor([[1.0, 1.0], [math.nan, 1.0]]))
+
+
+# ----------------------------------------------------------------------------------- unbiased, by complete enumeration
+
+
+def logits_of(actions, *shape):
+    """Logits of so many actions in each of `shape` states: the parameters."""
+    theta = torch.randn(*shape, actions, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return theta.requires_grad_()
+
+
+@pytest.mark.parametrize(("scale", "count"), [(False, 2), (False, 3), (True, 3)])
+def test_leave_one_out_is_unbiased(scale, count):
+    # A policy over three actions that draws `count` times: every outcome, with its probability.
+    theta = logits_of(3)
+    rewards = torch.tensor([0.5, -1.0, 4.0])
+
+    def expected_gradient(advantages_of):
+        log_p = theta.log_softmax(0)
+        surrogate = 0.0
+        for draws in map(list, itertools.product(range(3), repeat=count)):
+            advantages = advantages_of(rewards[draws], [0] * count).double()
+            surrogate = surrogate + log_p[draws].sum().exp().detach() * (advantages * log_p[draws]).mean()
+        return torch.autograd.grad(surrogate, theta)[0]
+
+    (exact,) = torch.autograd.grad((theta.softmax(0) * rewards).sum(), theta)
+
+    def leave_one(rewards, groups):
+        return leave_one_out_advantages(rewards, groups, scale=scale)
+
+    error = (expected_gradient(leave_one) - exact).norm() / exact.norm()
+    if scale:
+        # No factor mends it either: the direction is another one.
+        assert error > 0.1
+        assert torch.cosine_similarity(expected_gradient(leave_one), exact, dim=0) < 1 - 1e-3
+        return
+    assert error <= FLOAT32_TOLERANCE
+    # The mean over the group has the own reward in it: shorter by (n - 1) / n, and of the same direction.
+    shorter = expected_gradient(lambda rewards, groups: group_advantages(rewards, groups, scale=False))
+    torch.testing.assert_close(shorter, exact * (count - 1) / count, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
+
+
+class Chain:
+    """Three steps of two actions each, from every state a policy and a reference: every path, with its probability.
+
+    The state of a step is the last action (0 before the first), as in a denoising chain the latents are.
+    """
+
+    def __init__(self):
+        self.theta = logits_of(2, 3, 2)
+        reference = torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        self.paths = torch.tensor(list(itertools.product(range(2), repeat=3)))
+        steps = torch.arange(3).expand(8, 3)
+        states = torch.cat([torch.zeros(8, 1, dtype=torch.long), self.paths[:, :-1]], dim=1)
+        log_p, log_ref = self.theta.log_softmax(-1), reference.log_softmax(-1)
+        self.log_prob = log_p[steps, states, self.paths]
+        self.kl = (log_p.exp() * (log_p - log_ref)).sum(-1)[steps, states]
+        self.log_ratio = self.log_prob - log_ref[steps, states, self.paths]
+        self.probability = self.log_prob.sum(1).exp()
+
+    def gradient(self, scalar):
+        return torch.autograd.grad(scalar, self.theta, retain_graph=True)[0]
+
+
+def test_what_an_action_is_charged_with_by_hand():
+    kl = torch.tensor([[1.0, 2.0, 4.0], [0.5, 0.0, 8.0]])
+    assert kl_to_go(kl).tolist() == [[6.0, 4.0, 0.0], [8.0, 8.0, 0.0]]
+    log_ratio = torch.tensor([[-1.0, 1.0, 0.5], [0.0, -2.0, 3.0]])
+    charges = kl_to_go(kl, log_ratio)
+    assert charges.tolist() == [[5.0, 5.0, 0.5], [8.0, 6.0, 3.0]]
+    assert leave_one_out(charges).tolist() == [[-3.0, -1.0, -2.5], [3.0, 1.0, 2.5]]
+    assert leave_one_out(torch.tensor([[1.0], [2.0], [6.0]])).tolist() == [[-3.0], [-1.5], [4.5]]
+    assert torch.equal(leave_one_out(charges[:1]), charges[:1])
+    assert torch.equal(kl_to_go(kl[:, :1]), torch.zeros(2, 1))
+    for one in (kl_to_go(kl.double().requires_grad_()), leave_one_out(charges.double())):
+        assert one.dtype == torch.float32 and not one.requires_grad
+
+
+def test_the_charges_complete_the_gradient_of_the_kl():
+    # E over all paths. The exact gradient is that of the expectation itself, with the probability of every path in it.
+    chain = Chain()
+    probability, log_prob = chain.probability.detach(), chain.log_prob
+    exact = chain.gradient((chain.probability * chain.kl.sum(1)).sum())
+
+    def score(charges):
+        return chain.gradient((probability[:, None] * log_prob * charges.double()).sum())
+
+    own = chain.gradient((probability[:, None] * chain.kl).sum())  # kl_gradient="paper"
+    assert (own - exact).norm() > 0.1 * exact.norm()
+    with_later = own + score(kl_to_go(chain.kl))  # "exact"
+    assert (with_later - exact).norm() <= FLOAT32_TOLERANCE * exact.norm()
+    in_the_reward = score(kl_to_go(chain.kl, chain.log_ratio))  # "reward"
+    assert (in_the_reward - exact).norm() <= FLOAT32_TOLERANCE * exact.norm()
+
+
+@pytest.mark.parametrize("with_log_ratio", [False, True])
+def test_leaving_one_out_of_the_charges_is_unbiased(with_log_ratio):
+    chain = Chain()
+    charges = kl_to_go(chain.kl, chain.log_ratio if with_log_ratio else None)
+    scores = torch.stack([chain.gradient(one.sum()).flatten() for one in chain.log_prob.flatten()]).reshape(8, 3, -1)
+
+    def moments(baseline):
+        mean = squares = 0.0
+        for i, j in itertools.product(range(8), repeat=2):  # two rows, drawn independently
+            rows = [i, j]
+            gradient = torch.einsum("bs,bsp->p", baseline(charges[rows]).double(), scores[rows]) / 2
+            weight = (chain.probability[i] * chain.probability[j]).detach()
+            mean, squares = mean + weight * gradient, squares + weight * gradient.square()
+        return mean, (squares - mean.square()).sum()
+
+    mean, variance = moments(leave_one_out)
+    expected, plain_variance = moments(lambda rows: rows)
+    assert (mean - expected).norm() <= FLOAT32_TOLERANCE * expected.norm()
+    if not with_log_ratio:  # the later KL is much the same for all rows; the log-ratio of an own action is not
+        assert variance < 0.7 * plain_variance
+
+
+def test_charges_do_not_depend_on_the_order_of_the_rows():
+    charges = torch.randn(48, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e8, 1e-8])
+    expected = leave_one_out(charges)
+    assert expected.double().mean(0).abs().le(FLOAT32_TOLERANCE * charges.abs().amax(0)).all()
+    for seed in range(5):
+        order = torch.randperm(48, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(leave_one_out(charges[order]), expected[order])
+
+
+def test_charges_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"same shape \(B, S\), but have \(2, 3\) and \(2, 1\)"):
+        kl_to_go(torch.ones(2, 3), torch.ones(2, 1))
+    for function in (kl_to_go, leave_one_out):
+        for wrong in (torch.ones(3), torch.ones(0, 3), torch.ones(2, 0)):
+            with pytest.raises(ValueError, match=r"must have shape \(B, S\)"):
+                function(wrong)
+        with pytest.raises(ValueError, match="1 of 4 .* are not finite"):
+            function(torch.tensor([[1.0, math.inf], [0.0, 0.0]]))
+    with pytest.raises(ValueError, match="1 of 2 log_ratio are not finite"):
+        kl_to_go(torch.ones(1, 2), torch.tensor([[0.0, math.nan]]))
+
+
+# --------------------------------------------------------------------------------------------------------- curation
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("rewards", "best", "worst", "kept"),
+    [
+        ([3.0, 1.0, 4.0, 2.0], 1, 1, [2, 1]),
+        ([3.0, 1.0, 4.0, 2.0], 2, 0, [2, 0]),
+        ([3.0, 1.0, 4.0, 2.0], 0, 3, [1, 3, 0]),
+        ([3.0, 1.0, 4.0, 2.0], 2, 2, [0, 1, 2, 3]),
+        # Of equal ones the first are the best and the last the worst, and none is both.
+        ([1.0, 1.0, 1.0, 1.0], 1, 1, [0, 3]),
+        ([5.0, 5.0, 0.0, 0.0], 1, 1, [0, 3]),
+        # What is not finite lies between, and is kept only where there are too few others.
+        ([NAN, 1.0, 4.0, 2.0], 1, 1, [2, 1]),
+        ([NAN, 1.0, 4.0, 2.0], 2, 1, [2, 3, 1]),
+        ([NAN, 1.0, NAN, 2.0], 1, 2, [3, 1, 2]),
+        ([NAN, 1.0, NAN, 2.0], 2, 1, [3, 1, 2]),
+        ([NAN, NAN, NAN, 2.0], 1, 1, [3, 2]),
+        ([NAN, NAN, NAN, 2.0], 0, 1, [3]),
+        ([math.inf, 1.0, -math.inf, 2.0], 1, 1, [3, 1]),
+        ([NAN, NAN, NAN, NAN], 1, 1, [0, 3]),
+    ],
+)
+def test_best_and_worst_by_hand(rewards, best, worst, kept):
+    actual = best_and_worst(torch.tensor(rewards), ["a"] * 4, best, worst)
+    assert actual.dtype == torch.bool
+    assert actual.nonzero().flatten().tolist() == sorted(kept)
+
+
+def test_best_and_worst_of_every_group():
+    generator = torch.Generator().manual_seed(0)
+    rewards, groups = torch.randn(60, generator=generator), torch.randint(4, (60,), generator=generator)
+    kept = best_and_worst(rewards, groups, 2, 3)
+    for group in range(4):
+        mine = rewards[groups == group].sort().values
+        assert rewards[kept & (groups == group)].sort().values.tolist() == [*mine[:3].tolist(), *mine[-2:].tolist()]
+    assert torch.equal(best_and_worst(rewards, groups.tolist(), 2, 3), kept)
+    assert torch.equal(best_and_worst((rewards * 1000).long(), groups, 2, 3), kept)
+    order = torch.randperm(60, generator=generator)
+    assert torch.equal(best_and_worst(rewards[order], groups[order], 2, 3), kept[order])
+
+
+def test_what_cannot_be_kept_is_refused():
+    rewards = torch.arange(5.0)
+    with pytest.raises(ValueError, match="group 'b' has 2 members, but the best 2 and the worst 1 are 3"):
+        best_and_worst(rewards, ["a", "a", "a", "b", "b"], 2, 1)
+    for best, worst in [(0, 0), (-1, 2), (2, -1)]:
+        with pytest.raises(ValueError, match=f"but best is {best} and worst is {worst}"):
+            best_and_worst(rewards, ["a"] * 5, best, worst)
+    with pytest.raises(ValueError, match="got 2 for 5 rewards"):
+        best_and_worst(rewards, ["a", "a"], 1, 0)
+    with pytest.raises(ValueError, match=r"rewards must have shape \(B,\)"):
+        best_and_worst(rewards[:, None], ["a"] * 5, 1, 0)
+    # A group of one is no error here.
+    assert best_and_worst(rewards[:1], ["a"], 1, 0).tolist() == [True]
 
 
 # ------------------------------------------------------------------------------------------------ the tracker

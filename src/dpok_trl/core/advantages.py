@@ -198,8 +198,9 @@ def leave_one_out(charges: Tensor) -> Tensor:
     """
     Each charge minus the mean charge of the other rows at the same step.
 
-    That mean depends on none of the row's own actions, so the gradient stays unbiased, and varies less: most of a
-    charge is the KL that any trajectory has by that step. A single row has no others and keeps its charges.
+    That mean depends on none of the row's own actions, so the gradient stays unbiased. It varies less where most of a
+    charge is common to all trajectories, as the KL of many later steps is. A single row has no others and keeps its
+    charges.
 
     Args:
         charges (`torch.Tensor` of shape `(B, S)`): From [`kl_to_go`], of all ranks; all finite.
