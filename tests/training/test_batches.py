@@ -16,6 +16,7 @@ class Samples(list):
     """As much of a trajectory as is cut."""
 
     log_probs = torch.zeros(1)
+    steps = (0, 1, 2)
 
 
 def batches(count: int, steps: tuple[int, ...] = (0, 1, 2, 3)) -> list[TrainingBatch]:
@@ -26,6 +27,7 @@ def plan(count=6, steps=(0, 1, 2, 3), *, fraction=1.0, accumulation=1, per_updat
     """The plan as (batch number, step) pairs; the batches have one sample each."""
     updates = plan_updates(
         batches(count, steps),
+        count=count,
         timestep_fraction=fraction,
         accumulation=accumulation,
         timesteps_per_update=per_update,
@@ -36,10 +38,37 @@ def plan(count=6, steps=(0, 1, 2, 3), *, fraction=1.0, accumulation=1, per_updat
 
 def test_sampling_batches_are_cut_with_their_advantages():
     sampled = [SimpleNamespace(trajectory=Samples(range(n))) for n in (4, 6)]
-    cut = cut_batches(sampled, torch.arange(10.0), 2)
+    cut = cut_batches(sampled, torch.arange(10.0), torch.ones(10, dtype=torch.bool), 2)
     assert [batch.samples for batch in cut] == [(0, 1), (2, 3), (0, 1), (2, 3), (4, 5)]
-    own = [batch.advantages[list(batch.samples)].tolist() for batch in cut]
-    assert own == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    own = [batch.advantages.tolist() for batch in cut]
+    assert own == [[[row] * 3, [row + 1] * 3] for row in (0, 2, 4, 6, 8)]  # the same at all three steps
+
+
+def test_advantages_of_single_steps_are_cut_as_they_are():
+    sampled = [SimpleNamespace(trajectory=Samples(range(4)))]
+    advantages = torch.arange(12.0).reshape(4, 3)
+    first, second = cut_batches(sampled, advantages, torch.ones(4, dtype=torch.bool), 2)
+    assert torch.equal(torch.cat([first.advantages, second.advantages]), advantages)
+
+
+def test_only_what_is_kept_is_cut():
+    sampled = [SimpleNamespace(trajectory=Samples(range(n))) for n in (4, 6)]
+    kept = torch.tensor([0, 1, 1, 0, 1, 0, 1, 0, 1, 1]).bool()
+    cut = cut_batches(sampled, torch.arange(10.0), kept, 2)
+    assert [batch.samples for batch in cut] == [(1, 2), (0, 2), (4, 5)]
+    assert [batch.advantages[:, 0].tolist() for batch in cut] == [[1, 2], [4, 6], [8, 9]]
+
+
+def test_a_pass_draws_as_many_batches_as_it_is_told():
+    many = batches(9)
+    drawn = [
+        {batch.trajectory.number for update in plan_updates(
+            many, count=3, timestep_fraction=1.0, accumulation=1, timesteps_per_update=None, random=np.random.default_rng(seed)
+        ) for batch, _ in update}
+        for seed in range(50)
+    ]  # fmt: skip
+    assert all(len(one) == 3 for one in drawn)  # without replacement
+    assert set().union(*drawn) == set(range(9))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
@@ -77,7 +106,7 @@ def test_all_samples_of_a_batch_are_at_one_step():
     (batch,) = batches(1)
     batch.samples = (4, 5, 6)
     (update,) = plan_updates(
-        [batch], timestep_fraction=1.0, accumulation=1, timesteps_per_update=None, random=np.random.default_rng(0)
+        [batch], count=1, timestep_fraction=1.0, accumulation=1, timesteps_per_update=None, random=np.random.default_rng(0)
     )
     assert sorted(steps for _, steps in update) == [(step,) * 3 for step in range(4)]
 
@@ -88,6 +117,7 @@ def test_mixed_every_sample_is_at_every_step_once_and_at_a_step_of_its_own(per_u
     both[0].samples, both[1].samples = (0, 1, 2), (3, 4, 5)
     updates = plan_updates(
         both,
+        count=2,
         timestep_fraction=1.0,
         accumulation=2,
         timesteps_per_update=per_update,
@@ -105,7 +135,7 @@ def test_mixed_a_fraction_is_drawn_for_each_sample():
     many = batches(1, steps=tuple(range(8)))
     many[0].samples = tuple(range(50))
     (update,) = plan_updates(
-        many, timestep_fraction=0.5, accumulation=1, timesteps_per_update=None, random=np.random.default_rng(0), mixed=True
+        many, count=len(many), timestep_fraction=0.5, accumulation=1, timesteps_per_update=None, random=np.random.default_rng(0), mixed=True
     )  # fmt: skip
     assert len(update) == 4
     of_each = list(zip(*(steps for _, steps in update), strict=True))
@@ -114,19 +144,24 @@ def test_mixed_a_fraction_is_drawn_for_each_sample():
 
 
 def test_transitions_take_each_samples_reference_at_its_own_step():
-    trajectory = SimpleNamespace(transitions=lambda samples, steps, advantages, reference: (steps, reference))
+    trajectory = SimpleNamespace(steps=(0, 1, 2), log_probs=torch.arange(9.0).reshape(3, 3))
     means = {step: torch.arange(6.0).reshape(3, 2) + 10 * step for step in (0, 1, 2)}
     references = {step: Gaussian(mean, torch.full((3,), 1.0 + step)) for step, mean in means.items()}
-    batch = TrainingBatch(trajectory, (0, 1, 2), torch.zeros(3), references)
-    _, same = batch.transitions((1, 1, 1))
-    assert same is references[1]
-    _, own = batch.transitions((2, 0, 1))
+    batch = TrainingBatch(trajectory, (0, 1, 2), 10 + torch.arange(9.0).reshape(3, 3), references=references)
+    assert batch.transitions((1, 1, 1)).reference is references[1]
+    transitions = batch.transitions((2, 0, 1))
+    own = transitions.reference
+    assert transitions.old_log_prob.tolist() == [2, 3, 7] and transitions.advantage.tolist() == [12, 13, 17]
     assert own.mean.tolist() == [[20, 21], [2, 3], [14, 15]]
     assert own.std.tolist() == [3, 1, 2]
     batch.references = means  # the model's outputs, with kl_type = "noise"
-    assert batch.transitions((2, 0, 1))[1].tolist() == [[20, 21], [2, 3], [14, 15]]
+    assert batch.transitions((2, 0, 1)).reference.tolist() == [[20, 21], [2, 3], [14, 15]]
     batch.references = {}
-    assert batch.transitions((2, 0, 1))[1] is None
+    assert batch.transitions((2, 0, 1)).reference is None
+    batch.charges = torch.full((3, 3), 0.5)
+    assert batch.transitions((2, 0, 1), charge_weight=2.0).advantage.tolist() == [11, 12, 16]
+    batch.old = references
+    assert batch.transitions((2, 0, 1)).old.mean.tolist() == own.mean.tolist()
 
 
 def test_only_actions_are_taken():

@@ -15,6 +15,7 @@ from tiny import stable_diffusion, stable_diffusion_3
 from dpok_trl import DPOKConfig, RewardError
 from dpok_trl.policy.lora import adapter_layers
 from dpok_trl.training import publishing, setup
+from dpok_trl.training.batches import TrainingBatch
 
 
 CASES = {}
@@ -542,7 +543,8 @@ def _objective(run, monkeypatch):
     def loss(objective):
         trainer = run.make(train_objective=objective, kl_weight=0.0)
         batches, _ = trainer.sample(0)
-        transitions = batches[0].trajectory.transitions([0], [1], torch.tensor([-1.0] * 4))
+        trajectory = batches[0].trajectory
+        transitions = TrainingBatch(trajectory, (0,), -torch.ones(1, len(trajectory.steps))).transitions([1])
         # a ratio of e, with a negative advantage: PPO does not clip it, DPOK does
         transitions = dataclasses.replace(transitions, old_log_prob=transitions.old_log_prob - 1.0)
         return trainer.calculate_loss(transitions)[0].item()

@@ -149,7 +149,8 @@ def test_the_loss_by_hand(objective, kl_type, reduction, make_trainer):
         kl_type=kl_type,
     )
     trajectory = trainer.sample(0)[0][0].trajectory
-    batch = TrainingBatch(trajectory, (0, 1, 2, 3), torch.tensor([1.0, 1.0, -1.0, -1.0]))
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])[:, None].expand(4, len(trajectory.steps))
+    batch = TrainingBatch(trajectory, (0, 1, 2, 3), advantages)
     trainer._ask_reference([[(batch, (1,) * 4)]])
     transitions = batch.transitions((1,) * 4)
     shift = torch.tensor([0.5, -0.5, 0.5, -0.5])  # of the new log-probability over the old: ratios 1.65 and 0.61

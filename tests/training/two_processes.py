@@ -70,10 +70,10 @@ def whole_run(out):
     hooked = []
     trainer = make("whole", hook=lambda data, step, tracker: hooked.append(step))
     out["start"] = adapter(trainer)
-    remember(trainer, "advantages", lambda result, *args: out.setdefault("advantages", []).append((*args, result)))
+    remember(trainer, "advantages", lambda result, *args: out.setdefault("advantages", []).append((*args[:2], result)))
     remember(trainer, "sample", lambda result, epoch: out.setdefault("sampled", []).append(describe(result[0])))
     remember(trainer, "_training_batches", lambda result, *_: out.setdefault("trained on", []).append(
-        [batch.advantages[list(batch.samples)] for batch in result]))  # fmt: skip
+        [batch.advantages[:, 0] for batch in result]))  # fmt: skip
     check_gradients(trainer, out)
     trainer.train()
     trainer.save_model(FOLDER / "model")  # the process group has outlived the training
@@ -200,7 +200,7 @@ def masked_rewards(out):
 
     trainer = make("masked", [fails_for_one, index], num_epochs=1)
     start = adapter(trainer)
-    remember(trainer, "advantages", lambda result, *args: out.update({"masked advantages": (*args, result)}))
+    remember(trainer, "advantages", lambda result, *args: out.update({"masked advantages": (*args[:2], result)}))
     trainer.train()
     out["masked"] = {"start": start, "end": adapter(trainer), "metrics": trainer.last_metrics}
 

@@ -115,6 +115,7 @@ class DPOKTrainer(PublishingMixin):
         self.prompts = prompt_source(
             prompt_function,
             images_per_prompt=config.sample_num_images_per_prompt,
+            weight_column=config.sample_weight_column,
             seed=config.seed,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
@@ -310,6 +311,7 @@ class DPOKTrainer(PublishingMixin):
                     self._seeds(epoch, index),
                     self._arguments(metadata),
                     sde_window(self.config, epoch),
+                    self.config.value_input if self.critic is not None else None,
                 )
             batch = SampledBatch(trajectory, tuple(metadata))
             self.scoring.begin(batch, state)
