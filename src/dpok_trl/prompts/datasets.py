@@ -223,7 +223,9 @@ def _with_column(dataset: Dataset, old: str, new: str, values: list[Any]) -> Dat
         raise ValueError(
             f"the column {old!r} cannot become {new!r}: there is another column of that name. Rename or remove it first."
         )
-    return dataset.remove_columns(old).add_column(new, values, feature=Value("string"))
+    # Added before the other goes: a table without columns has no rows either.
+    dataset = dataset.add_column("new " + new, values, feature=Value("string"))
+    return dataset.remove_columns(old).rename_column("new " + new, new)
 
 
 def _of_category(dataset: Dataset, wanted: list[str], name: str) -> Dataset:

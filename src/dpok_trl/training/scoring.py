@@ -25,7 +25,7 @@ class Scoring:
     """
     Args:
         rewards: What the user gave; see [`RewardSet`].
-        config ([`DPOKConfig`]): Its `reward_` settings, `async_reward_computation` and `max_workers`.
+        config ([`DPOKConfig`]): Its `reward_` settings, `sample_category_column`, `async_reward_computation` and `max_workers`.
         accelerator (`Accelerator`)
 
     Raises:
@@ -37,6 +37,7 @@ class Scoring:
             rewards, config.reward_weights, config.reward_aggregation, config.reward_on_error, accelerator.device
         )
         self.accelerator = accelerator
+        self.category_column = config.sample_category_column
         self.offload = config.reward_offload
         if self.offload and not self.rewards.have_networks:
             raise ValueError(
@@ -54,7 +55,13 @@ class Scoring:
         self.executor: ThreadPoolExecutor | None = self._make_executor() if self.early else None
 
     def begin(self, batch: SampledBatch, state: TrainerState) -> None:
-        """A batch is there: its overlapping rewards may start."""
+        """A batch is there: its overlapping rewards may start.
+
+        Raises:
+            `ValueError`: If a prompt of it has no `sample_category_column`: here, and not in `gather`, where the other processes would wait.
+        """
+        if self.category_column is not None:
+            categories_of(batch.metadata, self.category_column)
         batch.inputs = RewardInputs(batch.trajectory.images, tuple(batch.trajectory.prompts), batch.metadata, state)
         for _, job in self._jobs:
             if job.done():
@@ -113,7 +120,21 @@ class Scoring:
             "reward": rewards[counts].mean().item(),
             "reward_std": rewards[counts].std(correction=0).item(),
         }
+        metrics.update(self._category_metrics(batches, rewards))
         return prompts, rewards, {**metrics, **self._metrics(batches, values, applies)}
+
+    def _category_metrics(self, batches: Sequence[SampledBatch], rewards: torch.Tensor) -> dict[str, float]:
+        """The mean reward of each category, over its images of all processes that count."""
+        if self.category_column is None:
+            return {}
+        categories = gather_object(
+            [category for batch in batches for category in categories_of(batch.metadata, self.category_column)]
+        )
+        images: dict[str, list[int]] = {}
+        for image, (category, counts) in enumerate(zip(categories, rewards.isfinite().tolist(), strict=True)):
+            if category is not None and counts:
+                images.setdefault(category, []).append(image)
+        return {f"reward/{category}": rewards[rows].mean().item() for category, rows in sorted(images.items())}
 
     def _refuse_failed_round(self, values: torch.Tensor, applies: torch.Tensor, counts: torch.Tensor) -> None:
         """Stops the run where a reward failed for all images that a process asked it about: its server is down, say. All processes see the same values, and
@@ -165,3 +186,19 @@ class Scoring:
             return [score(pair) for pair in prompt_image_pairs]
         with ThreadPoolExecutor(len(prompt_image_pairs)) as executor:
             return list(executor.map(score, prompt_image_pairs))
+
+
+def categories_of(metadata: Sequence[Any], column: str) -> list[str | None]:
+    """The category of each image, as the name that its metric gets; `None` where the entry is `None`.
+
+    Raises:
+        `ValueError`: If the metadata of a prompt has no such entry.
+    """
+    for entry in metadata:
+        if not (isinstance(entry, dict) and column in entry):
+            has = ", ".join(map(str, entry)) if isinstance(entry, dict) else f"no dict: {entry!r}"
+            raise ValueError(
+                f"sample_category_column = {column!r}, which the metadata of a prompt does not have (it has {has or 'nothing'}). Name a column of the prompts, "
+                "or leave it out."
+            )
+    return [None if entry[column] is None else str(entry[column]) for entry in metadata]
