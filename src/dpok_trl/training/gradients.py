@@ -26,7 +26,7 @@ def prompt_gradient_cosines(
     """The cosines between the policy gradients of the prompts of a round, at the policy that sampled it.
 
     There, where every ratio is 1, the gradients of all objectives are those of `reinforce`, so that one is taken. The KL term is left out: it pulls all prompts
-    back to the same model. Call it before the round's first update, and within `accelerator.no_sync(policy)`: DDP must not wait for these gradients.
+    back to the same model. Call it before the round's first update, and within `accelerator.no_sync(policy)`: these gradients are of this process alone.
 
     Args:
         policy (`nn.Module`): The prepared policy.
