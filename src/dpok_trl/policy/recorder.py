@@ -13,6 +13,7 @@ from dpok_trl.core.grid import SchedulerGrid, predict_on_grid
 from dpok_trl.core.transitions import Transition
 from dpok_trl.policy.casts import Casts
 from dpok_trl.policy.errors import UnsupportedPipelineError
+from dpok_trl.policy.features import MiddleFeatures
 from dpok_trl.policy.interception import Networks
 from dpok_trl.policy.memo import Encoded
 from dpok_trl.policy.nested import template
@@ -61,7 +62,7 @@ class Recorder:
     """Answers in a rollout: runs everything, draws x_{t-1} from our Gaussian, and writes down what a replay needs.
 
     `choose_steps` reads the grid off the scheduler, once its timesteps are set, from the position `begin` on, and says which transition each step
-    makes and which steps are actions.
+    makes and which steps are actions. `middle` reads features for a value function along the way.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Recorder:
         reduction: Reduction,
         scheduler: str,
         fp32_latents: bool,
+        middle: MiddleFeatures | None = None,
     ):
         self.networks = networks
         self.choose_steps = choose_steps
@@ -83,6 +85,8 @@ class Recorder:
         self.latents: list[torch.Tensor] = []
         self.next_latents: list[torch.Tensor] = []  # what each step returned
         self.log_probs: dict[int, torch.Tensor] = {}  # step -> (B,)
+        self.features: list[torch.Tensor] = []  # of each step (B, C), if `middle` reads them
+        self._middle = middle
         self._scheduler = scheduler
         self._templates: list[list[Any]] = []
         self._encoded: list[Encoded | None] = []
@@ -108,6 +112,8 @@ class Recorder:
             args, kwargs = self.casts.arguments(len(self._templates), args, kwargs)
         output = self.networks.run(name, args, kwargs)
         self._calls.append(template(output, name))
+        if self._middle is not None:
+            self._middle.end_call(name, output)
         return output
 
     def step(self, scheduler: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> Any:
@@ -132,6 +138,8 @@ class Recorder:
                 "frames schedules of their own (diffusion forcing), or denoises a second stream (sound) beside. Such a walk is no sequence of denoising steps and cannot be tuned; use the family's "
                 "plain text-to-image or text-to-video pipeline."
             )
+        if self._middle is not None:
+            self.features.append(self._middle.end_step())
         self._timesteps.append(timestep)
         self._templates.append(self._calls)
         self._calls = []
