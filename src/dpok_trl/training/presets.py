@@ -84,8 +84,8 @@ _OFFICIAL_CODE: dict[str, tuple[Any, str]] = {
     "value_input": ("latents", "reward_model.py, ValueMulti: x_t, CLIP text embedding and step"),
     "value_learning_rate": (1e-4, "--v_lr 1e-4"),
     "value_batch_size": (256, "--v_batch_size 256"),
-    "value_num_updates": (1, "main: one step of AdamW in a round ..."),
-    "value_gradient_accumulation_steps": (5, "... over --v_step 5 batches"),
+    "value_num_updates": (1, "main: one step of AdamW in a round, over --v_step 5 batches"),
+    "value_gradient_accumulation_steps": (5, "main: one step of AdamW in a round, over --v_step 5 batches"),
     "value_scale_targets": (False, "_train_value_func: the raw reward"),
     "value_warmup_epochs": (0, "main: the policy is updated from the first round on"),
 }
