@@ -43,6 +43,8 @@ NEW_FIELDS = {
     "sample_offload_encoders",
     "sample_call_columns",
     "sample_call_kwargs",
+    "sample_weight_column",
+    "sample_category_column",
     "reward_weights",
     "reward_aggregation",
     "reward_on_error",
@@ -184,10 +186,12 @@ def test_the_documented_metrics_are_those_of_a_run(tmp_path):
         sample_batch_size=2,
         train_batch_size=2,
         kl_weight=0.02,
+        sample_category_column="kind",
     )
-    DPOKTrainer(config, brightness, ["a cat"], stable_diffusion()).train()
+    DPOKTrainer(config, brightness, [("a cat", {"kind": "an animal"})], stable_diffusion()).train()
     lines = read_metrics(tmp_path)
     written = {re.sub(r"^rewards/\w+/", "rewards/<name>/", name) for line in lines for name in line}
+    written = {re.sub(r"^reward/.+", "reward/<category>", name) for name in written}
     assert set(tables(text_of("metrics"), "metric")) == written
     # The three kinds of lines that the page tells of, and the step they say.
     assert [line["step"] for line in lines] == [0, 1, 1]

@@ -27,6 +27,7 @@ _MODULE_OF = {
     "PipelineReport": "dpok_trl.policy.check",
     "check_pipeline": "dpok_trl.policy.check",
     "Gaussian": "dpok_trl.core.gaussian",
+    "load_prompts": "dpok_trl.prompts.datasets",
     "RewardError": "dpok_trl.rewards.base",
     "RewardReport": "dpok_trl.rewards.checking",
     "check_reward": "dpok_trl.rewards.checking",
@@ -61,6 +62,7 @@ __all__ = [
     "PipelineReport",
     "check_pipeline",
     "Gaussian",
+    "load_prompts",
     "RewardReport",
     "check_reward",
     "ImageReward",
@@ -95,6 +97,7 @@ if TYPE_CHECKING:
     from dpok_trl.policy.hooks import PipelineHooks
     from dpok_trl.policy.policy import Policy
     from dpok_trl.policy.schedulers import DPOKSchedulerOutput, UnsupportedSchedulerError, scheduler_step
+    from dpok_trl.prompts.datasets import load_prompts
     from dpok_trl.rewards.aesthetic import Aesthetic
     from dpok_trl.rewards.base import RewardError
     from dpok_trl.rewards.checking import RewardReport, check_reward

@@ -142,6 +142,8 @@ FLAGS = {
     "sample_call_columns": "image mask_image",
     "sample_call_kwargs": '{"height": 512, "width": 256}',
     "negative_prompts": "blurry",
+    "sample_weight_column": "weight",
+    "sample_category_column": "category",
     "reward_weights": "1.0 0.25",
     "reward_aggregation": "normalize_then_sum",
     "reward_on_error": "raise",

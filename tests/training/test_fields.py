@@ -336,6 +336,33 @@ def _negative(run, monkeypatch):
     assert without != other
 
 
+@case("sample_weight_column")
+def _weight_column(run, monkeypatch):
+    prompts = [("a cat", {"weight": 3.0}), ("a dog", {"weight": 0.0}), ("a bird", {"weight": 3.0})]
+
+    def drawn(column):
+        batches, _ = run.make(
+            prompts=prompts, sample_batch_size=6, train_batch_size=6, sample_weight_column=column
+        ).sample(0)
+        return sorted(set(batches[0].trajectory.prompts))
+
+    assert drawn(None) == ["a bird", "a cat", "a dog"]
+    assert drawn("weight") == ["a bird", "a cat"]
+
+
+@case("sample_category_column")
+def _category_column(run, monkeypatch):
+    prompts = [("a cat", {"kind": "one"}), ("two dogs", {"kind": "two"})]
+
+    def of_categories(column):
+        trainer = run.train(prompts=prompts, sample_category_column=column)
+        (line,) = run.get("lines")(trainer, "reward")
+        return {name for name in line if name.startswith("reward/")}
+
+    assert of_categories(None) == set()
+    assert of_categories("kind") == {"reward/one", "reward/two"}
+
+
 # ---------------------------------------------------------------- rewards and advantages
 
 
