@@ -21,7 +21,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from dpok_trl import DPOKConfig, DPOKTrainer
 from dpok_trl.demo import load_demo_pipeline
 from dpok_trl.policy.lora import adapters_disabled
-from dpok_trl.training.batches import Round, SampledBatch
+from dpok_trl.training.batches import SampledBatch
+from dpok_trl.training.buffer import Round
 
 
 def larger_pipeline() -> StableDiffusionPipeline:
@@ -106,7 +107,7 @@ def compare(title: str, pipe: StableDiffusionPipeline, batch: int, guidance: flo
 
         def update() -> None:
             batches = [_sampled(trajectory)]
-            trainer.buffer.append(Round(batches, trainer._training_batches(batches, torch.randn(batch))))
+            trainer.buffer.rounds.append(Round(0, batches, trainer._training_batches(batches, torch.randn(batch))))
             for transitions in trainer._updates(0, 0):
                 trainer._update(transitions)
 

@@ -70,14 +70,6 @@ class TrainingBatch:
         )
 
 
-@dataclass
-class Round:
-    """What one round of sampling leaves to learn from: all samples, and those that the policy is trained on."""
-
-    sampled: list[SampledBatch]
-    training: list[TrainingBatch]
-
-
 # An optimizer step: for each forward and backward pass in it, a training batch and the denoising step of each of its samples.
 Update = list[tuple[TrainingBatch, tuple[int, ...]]]
 

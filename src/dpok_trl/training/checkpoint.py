@@ -10,6 +10,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from dpok_trl.results.runlog import METRICS_FILE
 
 
@@ -20,13 +23,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
+REFERENCE_FILE = "reference.safetensors"  # trained weights of a reference that has moved
+VALUE_FILE = "value_function.pt"  # network, optimizer and target statistics
 
 
 class Checkpoints:
     """Saves and resumes a trainer under `output_dir/checkpoint-<optimizer step>`.
 
     A checkpoint holds the adapter (which a stock pipeline loads), optimizer, learning-rate schedule, loss scale and the random states of
-    every process as accelerate writes them, and `trainer_state.json`: epoch, step, prompts, per-prompt statistics and the list of files.
+    every process as accelerate writes them; what is there of value function, moved reference and buffer; and `trainer_state.json`: epoch, step, prompts,
+    weight of the KL, per-prompt statistics and the list of files.
     It is written under another name and renamed when it is complete.
     """
 
@@ -49,6 +55,7 @@ class Checkpoints:
             unfinished.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(unfinished))
+        trainer.buffer.save(unfinished, accelerator.process_index)
         accelerator.wait_for_everyone()  # save_state ends without a barrier
         if accelerator.is_main_process:
             (unfinished / STATE_FILE).write_text(json.dumps(self._state(unfinished), indent=2, default=str))
@@ -68,6 +75,7 @@ class Checkpoints:
             "num_processes": trainer.accelerator.num_processes,
             "reanchor": trainer._reanchor,
             "prompts": trainer.prompts.state_dict(),
+            "kl_weight": trainer.kl_weight,
             "stat_tracker": None if trainer.stat_tracker is None else trainer.stat_tracker.state_dict(),
             "last_metrics": trainer.last_metrics,
             "config": trainer.config.to_dict(),
@@ -77,6 +85,10 @@ class Checkpoints:
     def _save_networks(self, models: list, weights: list, output_dir: str) -> None:
         if self.trainer.accelerator.is_main_process:
             self.trainer.tuned.save(self.trainer.pipeline, output_dir)
+            if self.trainer.tuned.moved_reference is not None:
+                save_file(self.trainer.tuned.moved_reference, Path(output_dir) / REFERENCE_FILE)
+            if self.trainer.critic is not None:
+                torch.save(self.trainer.critic.function.state_dict(), Path(output_dir) / VALUE_FILE)
         weights.clear()  # what is frozen need not be written again
 
     # ---------------------------------------------------------------- resume
@@ -102,12 +114,17 @@ class Checkpoints:
             )
         if checkpoint.parent.resolve() != self.folder.resolve():
             self.refuse_other_run()
-        for name, default in (("train_use_lora", True), ("train_text_encoder", False)):
+        for name, default in (("train_use_lora", True), ("train_text_encoder", False), ("value_input", "latents")):
             saved, now = state["config"].get(name, default), getattr(trainer.config, name)
             if saved != now:
                 raise ValueError(
                     f"{checkpoint} was written with {name} = {saved}, and this run has {now}: other weights are trained. Set it to {saved}, or start a new run."
                 )
+        if trainer.critic is not None and not (checkpoint / VALUE_FILE).exists():
+            raise ValueError(
+                f"{checkpoint} holds no value function: it was written with train_adv_type = '{state['config']['train_adv_type']}', and this run has 'value'. Set it "
+                "to what it was, or start a new run from the adapter (`pipe.load_lora_weights(checkpoint)`)."
+            )
         changed = changed_settings(state["config"], trainer.config.to_dict())
         if changed:
             logger.warning(
@@ -126,6 +143,8 @@ class Checkpoints:
             # decided on the run's first batch; another batch might decide otherwise
             trainer._reanchor = state["reanchor"]
         trainer.prompts.load_state_dict(state["prompts"])
+        trainer.kl_weight = state["kl_weight"]
+        trainer.load_buffer(checkpoint)
         if trainer.stat_tracker is not None and state["stat_tracker"] is not None:
             trainer.stat_tracker.load_state_dict(state["stat_tracker"])
         if trainer.accelerator.is_main_process:
@@ -136,7 +155,14 @@ class Checkpoints:
             )
 
     def _load_networks(self, models: list, input_dir: str) -> None:
-        self.trainer.tuned.load(self.trainer.pipeline, input_dir)
+        tuned, folder = self.trainer.tuned, Path(input_dir)
+        tuned.load(self.trainer.pipeline, folder)
+        tuned.moved_reference = None
+        if (folder / REFERENCE_FILE).exists():
+            tuned.move_reference(load_file(folder / REFERENCE_FILE))
+        if self.trainer.critic is not None:
+            state = torch.load(folder / VALUE_FILE, map_location=self.trainer.accelerator.device, weights_only=True)
+            self.trainer.critic.function.load_state_dict(state)
         models.clear()
 
     def _set_later_ones_aside(self) -> None:

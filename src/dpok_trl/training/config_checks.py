@@ -200,6 +200,11 @@ def _check_kl(config: DPOKConfig) -> None:
             f"target_kl = {config.target_kl} adapts kl_weight from the first epoch on, and kl_warmup_epochs = {config.kl_warmup_epochs} holds it at 0 that long. "
             "Choose one."
         )
+    if config.train_buffer_rounds > 1 and config.reference_update_epochs is not None and config.kl_gradient != "paper":
+        raise ValueError(
+            f"kl_gradient = '{config.kl_gradient}' charges the actions of older rounds (train_buffer_rounds = {config.train_buffer_rounds}) with the KL to a reference "
+            f"that reference_update_epochs = {config.reference_update_epochs} replaces. Take kl_gradient = 'paper', or leave out one of the other two."
+        )
     if config.kl_warmup_epochs >= config.num_epochs:
         raise ValueError(
             f"kl_warmup_epochs = {config.kl_warmup_epochs} with num_epochs = {config.num_epochs}: the KL term would never be switched on. Set kl_weight = 0 if that "
@@ -231,6 +236,14 @@ def _check_value(config: DPOKConfig) -> None:
         )
 
 
+def _check_buffer(config: DPOKConfig) -> None:
+    if config.train_buffer_rounds > 1 and config.sample_call_columns:
+        raise ValueError(
+            f"train_buffer_rounds = {config.train_buffer_rounds} keeps samples for later rounds and in checkpoints, which cannot hold what sample_call_columns = "
+            f"{config.sample_call_columns} hands to the pipeline. Set train_buffer_rounds = 1."
+        )
+
+
 def _check_curation(config: DPOKConfig) -> None:
     if config.train_keep_best is None and config.train_keep_worst is None:
         return
@@ -255,6 +268,7 @@ def check_combinations(config: DPOKConfig) -> None:
     _check_objective(config)
     _check_kl(config)
     _check_value(config)
+    _check_buffer(config)
     _check_curation(config)
     if config.train_mixed_timesteps and config.train_batch_size < 2:
         raise ValueError(

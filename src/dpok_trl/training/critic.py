@@ -49,8 +49,8 @@ class Critic:
         targets = rewards[counts][:, None].expand(-1, values.shape[1])
         return values, {"value/explained_variance": explained_variance(values[counts].flatten(), targets.flatten())}
 
-    def fit(self, rounds: Sequence[Sequence[SampledBatch]], epoch: int) -> dict[str, float]:
-        """Some steps of regression on the transitions of all rounds in the buffer, drawn at random.
+    def fit(self, batches: Sequence[SampledBatch], epoch: int) -> dict[str, float]:
+        """Some steps of regression on the transitions of all batches in the buffer, drawn at random.
 
         Returns:
             `dict[str, float]`: `value/loss`.
@@ -59,7 +59,7 @@ class Critic:
         random = np.random.default_rng([config.seed, epoch, self.accelerator.process_index])
         transitions = [
             (batch, row, step)
-            for batch in (batch for one_round in rounds for batch in one_round)
+            for batch in batches
             for row in batch.rewards.isfinite().nonzero().flatten().tolist()
             for step in batch.trajectory.steps
         ]

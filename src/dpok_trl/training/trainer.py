@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -42,7 +42,7 @@ from dpok_trl.core.objectives import (
     ratio_metrics,
     reinforce_loss,
 )
-from dpok_trl.core.trajectory import Transitions
+from dpok_trl.core.trajectory import Trajectory, Transitions
 from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline
 from dpok_trl.policy.hooks import PipelineHooks
 from dpok_trl.policy.loading import load_pipeline
@@ -52,11 +52,13 @@ from dpok_trl.results.runlog import RunLog, log_images_to
 from dpok_trl.rewards.base import RewardError
 from dpok_trl.rewards.binding import TrainerState
 from dpok_trl.rewards.combining import RewardSet
-from dpok_trl.training.batches import Round, SampledBatch, TrainingBatch, Update, cut_batches, plan_updates
+from dpok_trl.training.batches import SampledBatch, TrainingBatch, Update, cut_batches, plan_updates
+from dpok_trl.training.buffer import Buffer, Round
 from dpok_trl.training.building import build_policy, encoders_off_the_device
 from dpok_trl.training.checkpoint import Checkpoints
 from dpok_trl.training.config import DPOKConfig
 from dpok_trl.training.critic import Critic
+from dpok_trl.training.gradients import prompt_gradient_cosines
 from dpok_trl.training.kl import adapted_weight, kl_of_actions
 from dpok_trl.training.publishing import PublishingMixin
 from dpok_trl.training.ratio import RatioError, anchor, check_ratio, refuse_ratio
@@ -154,7 +156,7 @@ class DPOKTrainer(PublishingMixin):
 
         self.critic = Critic(config, self.accelerator) if config.train_adv_type == "value" else None
         self.kl_weight = config.kl_weight  # changes with a warm-up or a target_kl
-        self.buffer: deque[Round] = deque(maxlen=config.train_buffer_rounds)
+        self.buffer = Buffer(config.train_buffer_rounds)
 
         self.first_epoch = 0
         self.global_step = 0
@@ -225,8 +227,7 @@ class DPOKTrainer(PublishingMixin):
         """One round: sample, score, and update on what was sampled. Returns the number of optimizer steps done so far."""
         if self.config.kl_warmup_epochs:
             self.kl_weight = self.config.kl_weight if epoch >= self.config.kl_warmup_epochs else 0.0
-        if len(self.buffer) == self.buffer.maxlen:
-            self.buffer.popleft()  # it has had its last use: free its memory before there are new samples
+        self.buffer.make_room()
         batches, metrics = self.sample(epoch)
         prompts, rewards, reward_metrics = self.scoring.gather(batches)
         metrics = {"images": (epoch + 1) * len(rewards), **reward_metrics, **metrics}
@@ -242,10 +243,10 @@ class DPOKTrainer(PublishingMixin):
         started = time.monotonic()
         kl = []
         with encoders_off_the_device(self.policy, self.config.sample_offload_encoders):
-            self.buffer.append(Round(batches, self._training_batches(batches, advantages)))
-            metrics = {}
+            self.buffer.rounds.append(Round(epoch, batches, self._training_batches(batches, advantages)))
+            metrics = self._gradient_cosines(epoch)
             if self.critic is not None:
-                metrics.update(self.critic.fit([one.sampled for one in self.buffer], epoch))
+                metrics.update(self.critic.fit(self.buffer.sampled, epoch))
             passes = self.config.train_num_inner_epochs if epoch >= self.config.value_warmup_epochs else 0
             for inner_epoch in range(passes):
                 for update in self._updates(epoch, inner_epoch):
@@ -259,19 +260,41 @@ class DPOKTrainer(PublishingMixin):
         self._shown = {"reward": reward_metrics["reward"]} | ({"kl": sum(kl) / len(kl)} if kl else {})
         return global_step
 
+    def _gradient_cosines(self, epoch: int) -> dict[str, float]:
+        """See [`prompt_gradient_cosines`]; of this process's prompts, before the round's first update."""
+        config, scaler = self.config, self.accelerator.scaler
+        if not config.log_gradient_cosine_freq or epoch % config.log_gradient_cosine_freq:
+            return {}
+        with self.accelerator.no_sync(self.prepared_policy):
+            metrics = prompt_gradient_cosines(
+                self.prepared_policy,
+                self.buffer.newest.training,
+                self.trainable_layers,
+                timestep_fraction=config.train_timestep_fraction,
+                random=np.random.default_rng([config.seed, epoch]),
+                loss_scale=1.0 if scaler is None else scaler.get_scale(),
+            )
+        if not metrics:
+            logger.warning(
+                "log_gradient_cosine_freq = %d, but the round of epoch %d has one prompt in this process: there is nothing to compare",
+                config.log_gradient_cosine_freq,
+                epoch,
+            )
+        return metrics
+
     def _end_of_round_kl(self, epoch: int, kl: float) -> dict[str, float]:
         """Adapts the KL's weight and moves its reference, where the config says so."""
         config = self.config
         metrics = {"kl_weight": self.kl_weight}
         if config.kl_type == "gaussian":
-            trajectory = self.buffer[-1].training[0].trajectory
+            trajectory = self.buffer.newest.training[0].trajectory
             dimensions = trajectory.latents[0][0].numel() if config.train_log_prob_reduction == "mean" else 1
             metrics["kl_path"] = kl * dimensions * len(trajectory.steps)
         if config.target_kl is not None:
             self.kl_weight = adapted_weight(self.kl_weight, metrics["kl_path"], config.target_kl)
         if config.reference_update_epochs is not None and (epoch + 1) % config.reference_update_epochs == 0:
             self.tuned.move_reference()
-            for batch in (batch for one in self.buffer for batch in one.training):
+            for batch in self.buffer.training:
                 batch.references.clear()
         return metrics
 
@@ -391,6 +414,15 @@ class DPOKTrainer(PublishingMixin):
             found = batch_advantages(rewards, scale)
         advantages[counts] = clip_advantages(found, self.config.train_adv_clip_max)
         return advantages
+
+    def load_buffer(self, checkpoint: Path) -> None:
+        """Reads the rounds of a checkpoint. Each batch is walked once more, for shapes and embeddings; what is drawn then is thrown away."""
+
+        def walk(prompts: Sequence[str], seeds: Sequence[int], epoch: int) -> Trajectory:
+            with self.accelerator.autocast():
+                return self.policy.rollout(prompts, seeds, window=sde_window(self.config, epoch))
+
+        self.buffer.load(checkpoint, self.accelerator.process_index, walk)
 
     # ---------------------------------------------------------------- the update
 
@@ -513,10 +545,10 @@ class DPOKTrainer(PublishingMixin):
     def _updates(self, epoch: int, inner_epoch: int) -> Iterator[list[Transitions]]:
         """The optimizer steps of one pass, each a list of transitions: one forward and backward pass each."""
         config = self.config
-        batches = [batch for one in self.buffer for batch in one.training]
+        batches = self.buffer.training
         plan = plan_updates(
             batches,
-            count=len(self.buffer[-1].training),
+            count=len(self.buffer.newest.training),
             timestep_fraction=config.train_timestep_fraction,
             accumulation=config.train_gradient_accumulation_steps,
             timesteps_per_update=config.train_timesteps_per_update,
