@@ -64,6 +64,7 @@ NEW_FIELDS = {
     "train_lora_alpha",
     "kl_weight",
     "kl_type",
+    "log_gradient_cosine_freq",
     "hub_model_id",
     "hub_private_repo",
 }
@@ -187,8 +188,10 @@ def test_the_documented_metrics_are_those_of_a_run(tmp_path):
         train_batch_size=2,
         kl_weight=0.02,
         sample_category_column="kind",
+        log_gradient_cosine_freq=1,
     )
-    DPOKTrainer(config, brightness, [("a cat", {"kind": "an animal"})], stable_diffusion()).train()
+    prompts = [(prompt, {"kind": "an animal"}) for prompt in ("a cat", "a dog")]
+    DPOKTrainer(config, brightness, prompts, stable_diffusion()).train()
     lines = read_metrics(tmp_path)
     written = {re.sub(r"^rewards/\w+/", "rewards/<name>/", name) for line in lines for name in line}
     written = {re.sub(r"^reward/.+", "reward/<category>", name) for name in written}

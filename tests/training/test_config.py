@@ -182,6 +182,7 @@ FLAGS = {
     "train_lora_alpha": "16",
     "kl_weight": "0.1",
     "kl_type": "noise",
+    "log_gradient_cosine_freq": "5",
     "push_to_hub": "True",
     "hub_model_id": "me/rabbit-lora",
     "hub_private_repo": "True",

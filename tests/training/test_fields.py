@@ -691,6 +691,21 @@ def _kl_weight(run, monkeypatch):
     assert len(calls_of(run, kl_weight=0.5).rows_where(grad=False, reference=True)) == 2
 
 
+@case("log_gradient_cosine_freq")
+def _gradient_cosine(run, monkeypatch):
+    def trained(**kwargs):
+        return run.train(prompts=["a cat", "two dogs"], num_epochs=3, sample_batch_size=2, **kwargs)
+
+    without, every_other = trained(), trained(log_gradient_cosine_freq=2)
+    lines = run.get("lines")
+    assert lines(without, "gradient/cosine_mean") == []
+    measured = lines(every_other, "gradient/cosine_mean", "gradient/cosine_min", "gradient/norm_ratio", "time/update")
+    assert [line["epoch"] for line in measured] == [0, 2]
+    assert all(line["gradient/prompts"] == 2 for line in measured)
+    adapter = run.get("adapter")  # training does not notice
+    assert all(map(torch.equal, adapter(without).values(), adapter(every_other).values()))
+
+
 def pushed(run, monkeypatch, **kwargs):
     calls = []
     monkeypatch.setattr(
