@@ -149,7 +149,7 @@ class MiddleFeatures:
                 f"the middle of `{name}` ({type(self.middles[name]).__name__}) gives {len(output)} rows where the network has {rows} for {self.count} samples: which "
                 f"of them belong to which sample is not known. {WAY_OUT}"
             )
-        return output.view(rows // self.count, self.count, len(output) // rows, -1).mean(dim=(0, 2))
+        return output.reshape(rows // self.count, self.count, len(output) // rows, -1).mean(dim=(0, 2))
 
     def end_step(self) -> torch.Tensor:
         """The features of the step, `(B, C)`, float32.
