@@ -48,6 +48,7 @@ from dpok_trl.policy.hooks import PipelineHooks
 from dpok_trl.policy.loading import load_pipeline
 from dpok_trl.policy.replayer import ReplayedStep
 from dpok_trl.prompts import prompt_source
+from dpok_trl.results.evaluation import Evaluation
 from dpok_trl.results.runlog import RunLog, log_images_to
 from dpok_trl.rewards.base import RewardError
 from dpok_trl.rewards.binding import TrainerState
@@ -58,6 +59,7 @@ from dpok_trl.training.building import build_policy, encoders_off_the_device
 from dpok_trl.training.checkpoint import Checkpoints
 from dpok_trl.training.config import DPOKConfig
 from dpok_trl.training.critic import Critic
+from dpok_trl.training.evaluating import Evaluator
 from dpok_trl.training.gradients import prompt_gradient_cosines
 from dpok_trl.training.kl import adapted_weight, kl_of_actions
 from dpok_trl.training.publishing import PublishingMixin
@@ -87,6 +89,9 @@ class DPOKTrainer(PublishingMixin):
         peft_config (`peft.LoraConfig`, or a mapping from component names to them, *optional*): The adapter to add. Without it an adapter that the
             pipeline already has is trained on, or else one on the attention projections is added (`train_lora_rank`).
         pipeline_hooks ([`PipelineHooks`], *optional*): For a pipeline of your own that departs from what all others do.
+        eval_prompts (*optional*): What `evaluate` and `eval_freq` go over: a list of prompts or (prompt, metadata) pairs, a `datasets.Dataset` with a "prompt"
+            column, or a dict from names of sets to them: `{"training": [...], "held-out": [...], "paraphrased": [...]}`.
+        eval_reward_function (*optional*): Rewards that are not trained on, in any form that `reward_function` takes; for evaluations only.
 
     Raises:
         `ValueError`: For settings and pipelines that cannot work; the message says what to change.
@@ -104,6 +109,8 @@ class DPOKTrainer(PublishingMixin):
         *,
         peft_config: LoraConfig | Mapping[str, LoraConfig] | None = None,
         pipeline_hooks: PipelineHooks | None = None,
+        eval_prompts: Any = None,
+        eval_reward_function: Any = None,
     ):
         wrapper = sd_pipeline if isinstance(sd_pipeline, DefaultDPOKStableDiffusionPipeline) else None
         if wrapper is not None and not wrapper.use_lora:
@@ -170,6 +177,7 @@ class DPOKTrainer(PublishingMixin):
         self._mixes: dict[tuple[int, ...], bool] = {}
         self.run_log = RunLog(self.output_dir) if self.accelerator.is_main_process else None
         self.checkpoints = Checkpoints(self)
+        self.evaluator = Evaluator(self, prompt_function, eval_prompts, eval_reward_function)
 
     # ---------------------------------------------------------------- the loop
 
@@ -216,6 +224,7 @@ class DPOKTrainer(PublishingMixin):
             self.first_epoch = epoch + 1
             self.seconds = time.monotonic() - started
             progress.set_postfix({name: f"{value:.4g}" for name, value in self._shown.items()})
+            self.evaluator.after_epoch(epoch, last=epoch + 1 == last)
             if epoch + 1 == last or (self.config.save_freq and (epoch + 1) % self.config.save_freq == 0):
                 self.checkpoints.save()
         for tracker in self.accelerator.trackers:
@@ -297,6 +306,22 @@ class DPOKTrainer(PublishingMixin):
             for batch in self.buffer.training:
                 batch.references.clear()
         return metrics
+
+    def evaluate(self, prompts: Any = None, reward_function: Any = None, **settings: Any) -> Evaluation:
+        """Tuned against pretrained, from the same seeds, on all processes. Disturbs nothing: the run goes on as it would have.
+
+        Args:
+            prompts: As `eval_prompts`, which are the default.
+            reward_function: Held-out rewards; `eval_reward_function` by default.
+            sets (`Sequence[str]`, *optional*): Names of the sets to go over. Default: all.
+            images_per_prompt, num_steps, batch_size (`int`, *optional*): `eval_num_images_per_prompt`, `eval_num_steps` and `eval_batch_size` by default.
+            seed (`int`, defaults to 0): Image `i` of a set is drawn from seed `seed + i`.
+
+        Raises:
+            `ValueError`: Without prompts, and for a set that there is not.
+            [`RewardError`]: On every process, if a reward raises on one.
+        """
+        return self.evaluator.evaluate(prompts, reward_function, **settings)
 
     # ---------------------------------------------------------------- sampling and rewards
 
