@@ -159,15 +159,15 @@ def check_what_a_demo_leaves(output, epochs, images):
     metrics = read_metrics(output)
     assert len([line for line in metrics if "reward" in line]) == epochs
     assert all(line["policy/ratio_deviation_max"] == 0 for line in metrics if line["step"] == 1 and "kl" in line)
-    comparison = json.loads((output / "comparison.json").read_text())
-    assert comparison["images"] == images and set(comparison["scores"]) >= {"exact", "soft", "fidelity"}
+    comparison = json.loads((output / "evaluation.json").read_text())["sets"]["training"]
+    assert comparison["images"] == images and set(comparison["rewards"]) >= {"exact", "soft", "fidelity"}
     assert comparison["path_kl"]["mean"] > 0
     assert {path.name for path in (output / "lora").iterdir()} == {
         "pytorch_lora_weights.safetensors",
         "README.md",
         "dpok_config.json",
     }
-    for name in ("report.html", "before-after.png", "curves.png", "samples/epoch-0000.png"):
+    for name in ("report.html", "grid.png", "curves.png", "samples/epoch-0000.png"):
         assert (output / name).stat().st_size > 1000
     assert "kl_weight" in (output / "report.html").read_text()
 
@@ -180,7 +180,7 @@ def test_the_demo_with_a_tiny_untrained_pipeline(monkeypatch, capsys, tmp_path):
     assert cli.main([*argv, "--output", str(output), "--debug"]) == 0
     check_what_a_demo_leaves(output, epochs=2, images=3)
     printed = capsys.readouterr().out
-    assert "| 3 images, same seeds |" in printed and "| greenness" in printed
+    assert "| training: 1 prompt × 3, same seeds |" in printed and "| greenness" in printed
     assert "draws the same pictures: largest difference of a pixel 0.0." in printed
     assert str(output / "report.html") in printed
     assert cli.main(["demo", "--output", str(output)]) == 2

@@ -1,11 +1,16 @@
+import json
 import math
 
+import datasets
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import STEPS, nudge, stable_diffusion, with_adapter
 
 from dpok_trl.policy.policy import Policy
-from dpok_trl.results.evaluation import compare, estimate, path_kl_to_reference
+from dpok_trl.results.evaluation import evaluate, path_kl
+from dpok_trl.results.prompt_sets import prompts_of, read_prompt_sets, refuse_training_prompts
 from dpok_trl.rewards.base import RewardError
 
 
@@ -26,30 +31,35 @@ def length(images, prompts, metadata):
     return [float(len(prompt)) for prompt in prompts]
 
 
-def test_estimate_by_hand():
-    result = estimate(torch.tensor([1.0, 2.0, 3.0, 6.0]))
-    assert result.mean == 3.0
-    assert result.standard_error == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3 / 4), rel=1e-12)
-    assert str(result) == "3.000 ± 1.080"
-    assert str(estimate(torch.tensor([0.5]))) == "0.500"
+def nothing_for_cats(images, prompts):
+    """Fails for the second image of each call, and does not apply to cats."""
+    return [None if "cat" in prompt else math.nan if row == 1 else 1.0 for row, prompt in enumerate(prompts)]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
 def test_an_adapter_at_its_start_is_the_pretrained_model():
-    comparison = compare(
-        make_policy(nudged=False), ["ab", "abcd"], [3, 5, 8], {"brightness": brightness, "length": length}, 4
+    evaluation = evaluate(
+        make_policy(nudged=False), ["ab", "abcd"], {"brightness": brightness, "length": length}, images_per_prompt=3
     )
-    assert torch.equal(comparison.path_kl, torch.zeros(6))
-    assert torch.equal(comparison.tuned_images, comparison.base_images)
+    (comparison,) = evaluation.sets.values()
+    assert torch.equal(comparison.tuned.path_kl, torch.zeros(6))
+    assert torch.equal(comparison.tuned.pictures, comparison.base.pictures)
     assert comparison.prompts == ["ab"] * 3 + ["abcd"] * 3
-    assert comparison.seeds == [3, 5, 8, 3, 5, 8]
-    assert (comparison.difference("brightness").mean, comparison.difference("brightness").standard_error) == (0.0, 0.0)
-    assert comparison.tuned_scores["length"].tolist() == [2, 2, 2, 4, 4, 4]
+    assert comparison.seeds == [0, 1, 2, 3, 4, 5]
+    difference = comparison.difference("brightness")
+    assert (difference.mean, difference.standard_error) == (0.0, 0.0)
+    assert comparison.tuned.scores["length"].tolist() == [2, 2, 2, 4, 4, 4]
+    assert comparison.tuned_reward("length").mean == 3.0
+    assert comparison.diversity()[2].mean == 0.0
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_path_kl_is_the_hand_computed_sum_in_nats(reduction):
     policy = make_policy(nudged=True, log_prob_reduction=reduction)
-    comparison = compare(policy, ["a"], [0, 1], {"brightness": brightness}, 2)
+    comparison = evaluate(policy, ["a"], images_per_prompt=2, batch_size=2).sets["prompts"]
     with torch.no_grad():
         trajectory = policy.rollout(["a"] * 2, [0, 1])
         expected = torch.zeros(2, dtype=torch.float64)
@@ -60,35 +70,220 @@ def test_path_kl_is_the_hand_computed_sum_in_nats(reduction):
             squares = (tuned.distribution.mean.double() - base.distribution.mean.double()).square().flatten(1).sum(1)
             expected += squares / (2 * tuned.distribution.std.double().square())
     assert (expected > 0).all()
-    torch.testing.assert_close(comparison.path_kl.double(), expected, rtol=FLOAT32_TOLERANCE, atol=0)
-    assert not torch.equal(comparison.tuned_images, comparison.base_images)
-    assert torch.equal(comparison.tuned_images, trajectory.images)
+    torch.testing.assert_close(comparison.tuned.path_kl.double(), expected, rtol=FLOAT32_TOLERANCE, atol=0)
+    assert comparison.kl.mean == pytest.approx(comparison.tuned.path_kl.double().mean().item(), rel=1e-12)
+    assert torch.equal(comparison.tuned.pictures, (trajectory.images * 255).round().to(torch.uint8))
+    assert not torch.equal(comparison.tuned.pictures, comparison.base.pictures)
 
 
-def test_differences_are_paired_and_the_table_says_them():
+def test_pretrained_is_pretrained_even_where_the_reference_has_moved():
     policy = make_policy(nudged=True)
-    comparison = compare(policy, ["a"], range(4), {"brightness": brightness}, 4)
-    paired = comparison.tuned_scores["brightness"] - comparison.base_scores["brightness"]
-    assert comparison.difference("brightness").standard_error == pytest.approx(
-        paired.double().std().item() / 2, rel=1e-6
+    before = evaluate(policy, ["a"], brightness, images_per_prompt=2).sets["prompts"]
+    policy.tuned.move_reference()
+    after = evaluate(policy, ["a"], brightness, images_per_prompt=2).sets["prompts"]
+    assert torch.equal(after.base.scores["brightness"], before.base.scores["brightness"])
+    assert torch.equal(after.tuned.path_kl, before.tuned.path_kl) and (after.tuned.path_kl > 0).all()
+
+
+def test_both_models_are_the_pipeline_itself_with_the_same_seeds():
+    policy = make_policy(nudged=True)
+    comparison = evaluate(policy, ["a", "b"], brightness, images_per_prompt=2, batch_size=4, seed=7).sets["prompts"]
+    prompts, seeds = ["a", "a", "b", "b"], [7, 8, 9, 10]
+    assert (comparison.prompts, comparison.seeds) == (prompts, seeds)
+    tuned = policy.rollout(prompts, seeds).images
+    policy.pipe.unet.disable_adapters()
+    base = policy.rollout(prompts, seeds).images
+    assert torch.equal(comparison.tuned.scores["brightness"], tuned.mean((1, 2, 3)))
+    assert torch.equal(comparison.base.scores["brightness"], base.mean((1, 2, 3)))
+
+
+def test_sets_categories_and_held_out_rewards_are_told_apart():
+    policy = make_policy(nudged=True)
+    held_out = datasets.Dataset.from_list(
+        [{"prompt": "b", "kind": "x"}, {"prompt": "cc", "kind": "y"}, {"prompt": "ddd", "kind": "x"}]
     )
-    header, rule, scores, kl = comparison.table().splitlines()
-    assert len({len(line) for line in (header, rule, scores, kl)}) == 1
-    assert [cell.strip() for cell in header.split("|")[1:-1]] == [
-        "4 images, same seeds",
-        "pretrained",
-        "tuned",
-        "difference",
+    evaluation = evaluate(
+        policy,
+        {"training": [("a", {"seen": True})], "held-out": held_out},
+        brightness,
+        held_out_rewards={"letters": length},
+        images_per_prompt=2,
+        category_column="kind",
+    )
+    assert list(evaluation.sets) == ["training", "held-out"]
+    comparison = evaluation.sets["held-out"]
+    assert comparison.rewards == ["brightness", "letters"] and comparison.held_out == ("letters",)
+    assert comparison.category_names == ["x", "y"] and evaluation.sets["training"].category_names == []
+    assert [comparison.tuned_reward("letters", kind).mean for kind in ("x", "y")] == [2.0, 2.0]
+    assert comparison.tuned_reward("letters", "x").images == 4
+    scores = comparison.tuned.scores["brightness"].double().reshape(3, 2)
+    assert comparison.tuned_reward("brightness", "x").mean == pytest.approx(scores[[0, 2]].mean().item(), rel=1e-12)
+    labels = [cells(line)[0] for line in evaluation.table().splitlines() if line.startswith("|")]
+    start = labels.index("held-out: 3 prompts × 2, same seeds")
+    assert labels[start + 2 : start + 10] == [
+        "brightness", "– x", "– y", "letters (held out)", "– x", "– y", "path KL (nats)", "diversity",
+    ]  # fmt: skip
+    metrics = evaluation.metrics()
+    assert {name for name in metrics if name.startswith("eval/held-out/")} == {
+        *(f"eval/held-out/{reward}/{part}" for reward in ("brightness", "letters") for part in ("base", "tuned", "difference")),
+        "eval/held-out/kl",
+        "eval/held-out/diversity",
+    }  # fmt: skip
+    assert metrics["eval/held-out/letters/tuned"] == 2.0
+    assert metrics["eval/held-out/kl"] == comparison.kl.mean
+
+
+def test_differences_are_paired_and_clustered_by_prompt():
+    comparison = evaluate(make_policy(nudged=True), ["a", "bb", "c"], brightness, images_per_prompt=2).sets["prompts"]
+    paired = (comparison.tuned.scores["brightness"].double() - comparison.base.scores["brightness"].double()).reshape(
+        3, 2
+    )
+    means = paired.mean(1)
+    images = paired.var(1) / 2  # of each prompt's mean
+    expected = max(means.std().item() / math.sqrt(3), math.sqrt(images.sum().item()) / 3)
+    difference = comparison.difference("brightness")
+    assert difference.mean == pytest.approx(means.mean().item(), rel=1e-9)
+    assert difference.standard_error == pytest.approx(expected, rel=1e-9)
+
+
+def test_rewards_that_fail_are_counted_and_left_out_pairwise():
+    policy = make_policy(nudged=True)
+
+    def fails_for_a_tuned_one(images, prompts, metadata):
+        rewards = images.mean((1, 2, 3))
+        if calls.pop():
+            rewards[0] = math.inf
+        return rewards
+
+    calls = [False, True]  # the tuned images are judged first
+    comparison = evaluate(policy, ["a"], {"x": fails_for_a_tuned_one}, images_per_prompt=4).sets["prompts"]
+    assert comparison.tuned.failed == {"x": 1} and comparison.base.failed == {"x": 0}
+    assert comparison.tuned.scores["x"].isnan().tolist() == [True, False, False, False]
+    for found in (comparison.base_reward("x"), comparison.tuned_reward("x"), comparison.difference("x")):
+        assert found.images == 3
+    assert comparison.base_reward("x").mean == pytest.approx(
+        comparison.base.scores["x"][1:].double().mean().item(), rel=1e-12
+    )
+    assert comparison.most_of("x") == 3
+
+
+def test_what_does_not_apply_is_no_failure_and_nothing_is_no_zero():
+    evaluation = evaluate(
+        make_policy(nudged=False), ["a cat", "a dog"], {"x": nothing_for_cats}, images_per_prompt=2, batch_size=2
+    )
+    comparison = evaluation.sets["prompts"]
+    assert comparison.tuned.failed == comparison.base.failed == {"x": 1}
+    assert (comparison.tuned_reward("x").mean, comparison.tuned_reward("x").prompts) == (1.0, 1)
+    assert "x is not finite for 1 of the 4 pretrained and 1 of the tuned images" in evaluation.table()
+    only_cats = evaluate(make_policy(nudged=False), ["a cat"], {"x": nothing_for_cats})
+    row = next(line for line in only_cats.table().splitlines() if line.startswith("| x"))
+    assert cells(row) == ["x", "–", "–", "–", "0"]
+    assert not [name for name in only_cats.metrics() if "/x/" in name]
+    assert only_cats.to_dict()["sets"]["prompts"]["rewards"]["x"]["tuned"]["mean"] is None
+
+
+def test_a_reward_of_groups_sees_the_whole_group_whatever_the_batch():
+    class Group:
+        wants_groups = True
+        seen = []  # noqa: RUF012
+
+        def __call__(self, images, prompts):
+            self.seen.append((len(images), set(prompts)))
+            return [0.0] * len(images)
+
+    evaluate(make_policy(nudged=False), ["a", "b"], [Group(), brightness], images_per_prompt=3, batch_size=2)
+    assert Group.seen == [(3, {"a"}), (3, {"b"})] * 2
+
+
+def test_diversity_and_best_of_the_pretrained_model():
+    policy = make_policy(nudged=True)
+    comparison = evaluate(
+        policy, ["a"], brightness, images_per_prompt=5, features=lambda pictures: torch.tensor([[float(np.mean(p))] for p in pictures])
+    ).sets["prompts"]  # fmt: skip
+    for drawn, found in zip((comparison.base, comparison.tuned), comparison.diversity()[:2], strict=True):
+        means = drawn.pictures.double().mean((1, 2, 3))
+        distances = (means[:, None] - means).abs().sum() / 20
+        assert found.mean == pytest.approx(distances.item(), rel=FLOAT32_TOLERANCE)
+    ordered = comparison.base.scores["brightness"].double().sort().values
+    # C(i-1, 1) / C(5, 2) and C(i-1, 3) / C(5, 4)
+    assert comparison.best_of("brightness", 2).mean == pytest.approx(
+        (ordered @ torch.arange(5.0).double()).item() / 10, rel=1e-12
+    )
+    assert comparison.best_of("brightness", 4).mean == pytest.approx(
+        (ordered[3] + 4 * ordered[4]).item() / 5, rel=1e-12
+    )
+    tuned, n = comparison.tuned_reward("brightness").mean, comparison.equivalent_n("brightness")
+    if n is None:
+        assert comparison.best_of("brightness", 5).mean < tuned
+    else:
+        assert comparison.best_of("brightness", n).mean >= tuned
+        assert n == 1 or comparison.best_of("brightness", n - 1).mean < tuned
+
+
+@pytest.mark.parametrize(("shift", "expected", "words"), [(-1.0, 1, "no more than one image"), (0.0, 2, "the best of 2"), (9.0, None, "more than the best of 4")])  # fmt: skip
+def test_how_many_images_the_tuned_model_is_worth(shift, expected, words):
+    def scored(images, prompts, metadata):
+        return torch.arange(4.0) if calls.pop() == "base" else torch.full((4,), 1.9 + shift)
+
+    calls = ["base", "tuned"]  # from the end
+    evaluation = evaluate(make_policy(nudged=False), ["a"], {"x": scored})
+    # of 0, 1, 2, 3 the best of one is 1.5 and the best of two (1 + 2 * 2 + 3 * 3) / 6 = 2.33
+    assert evaluation.sets["prompts"].equivalent_n("x") == expected
+    row = [line for line in evaluation.table().splitlines() if line.startswith("| x")][1]
+    assert cells(row)[-1] == words
+    assert cells(row)[1].startswith("2.333 ± ")
+
+
+def test_one_image_per_prompt_has_no_diversity_and_says_so():
+    evaluation = evaluate(make_policy(nudged=True), ["a", "b"], brightness, images_per_prompt=1)
+    table = evaluation.table()
+    assert "One image per prompt: there is no diversity" in table
+    assert "| diversity" not in table and "best of |" not in table
+    assert evaluation.to_dict()["sets"]["prompts"]["diversity"] is None
+    assert "eval/prompts/diversity" not in evaluation.metrics()
+    with pytest.raises(ValueError, match="there is 1 of each"):
+        evaluation.sets["prompts"].diversity()
+
+
+def test_the_files(tmp_path):
+    evaluation = evaluate(make_policy(nudged=True), {"one": ["a"], "two": ["b", "c"]}, brightness, images_per_prompt=2)
+    assert evaluation.save(tmp_path / "new") == tmp_path / "new"
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "evaluation.json",
+        "evaluation.md",
+        "grid.png",
     ]
-    assert [cell.strip() for cell in kl.split("|")[1:-1]] == ["path KL (nats)", "0", str(comparison.kl), ""]
-    assert [cell.strip() for cell in scores.split("|")[2:4]] == [
-        str(comparison.base("brightness")),
-        str(comparison.tuned("brightness")),
-    ]
-    written = comparison.to_dict()
-    assert written["images"] == 4 and written["seeds"] == [0, 1, 2, 3]
-    assert written["path_kl"]["mean"] == comparison.kl.mean
-    assert written["scores"]["brightness"]["tuned_values"] == comparison.tuned_scores["brightness"].tolist()
+    written = json.loads((tmp_path / "new" / "evaluation.json").read_text())
+    comparison = evaluation.sets["two"]
+    assert written["call"]["num_inference_steps"] == STEPS
+    two = written["sets"]["two"]
+    assert (two["images"], two["seeds"]) == (4, [0, 1, 2, 3])
+    assert two["path_kl"]["mean"] == comparison.kl.mean
+    assert two["rewards"]["brightness"]["tuned_values"] == comparison.tuned.scores["brightness"].tolist()
+    assert (
+        two["rewards"]["brightness"]["difference"]["standard_error"]
+        == comparison.difference("brightness").standard_error
+    )
+    assert evaluation.table() in (tmp_path / "new" / "evaluation.md").read_text()
+    table = evaluation.table().split("\n\n")[0].splitlines()
+    assert len({len(line) for line in table}) == 1  # aligned
+    assert cells(table[0]) == ["one: 1 prompt × 2, same seeds", "pretrained", "tuned", "difference", "n"]
+
+
+def test_the_grid_has_the_pretrained_picture_over_the_tuned_one(tmp_path):
+    evaluation = evaluate(make_policy(nudged=True), {"one": ["a"], "two": ["b", "c"]}, brightness, images_per_prompt=2)
+    for comparison in evaluation.sets.values():
+        comparison.base.pictures[:] = torch.tensor([255, 0, 0])[:, None, None]
+        comparison.tuned.pictures[:] = torch.tensor([0, 0, 255])[:, None, None]
+    evaluation.save(tmp_path)
+    pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB"))
+    column = pixels[:, -60].tolist()  # through the last pair
+    colours = ["red" if pixel == [255, 0, 0] else "blue" if pixel == [0, 0, 255] else None for pixel in column]
+    runs = [name for index, name in enumerate(colours) if name and colours[index - 1] != name]
+    assert [colours.count("red"), colours.count("blue")] == [128, 128]  # the first set has fewer columns
+    assert runs == ["red", "blue"]
+    first = pixels[:, 150].tolist()
+    assert [first.count([255, 0, 0]), first.count([0, 0, 255])] == [256, 256]
 
 
 def test_the_policy_is_left_as_it_was():
@@ -99,7 +294,7 @@ def test_the_policy_is_left_as_it_was():
         raise KeyError("x")
 
     with pytest.raises(RewardError, match="broken raised KeyError"):
-        compare(policy, ["a"], [0], {"broken": broken}, 1)
+        evaluate(policy, ["a"], broken)
     assert torch.equal(policy.rollout(["a"], [0]).images, before)
 
 
@@ -108,15 +303,44 @@ def test_path_kl_grows_with_the_adapter():
     values = []
     for _ in range(2):
         nudge(policy.networks, 0.1)
-        values.append(path_kl_to_reference(policy, policy.rollout(["a"], [0])).item())
+        values.append(path_kl(policy, policy.rollout(["a"], [0])).item())
     assert 0 < values[0] < values[1]
 
 
-def test_misuse_is_refused_in_words():
-    policy = make_policy(nudged=False)
-    with pytest.raises(ValueError, match="needs a prompt, a seed and a batch size, got 0, 1 and 1"):
-        compare(policy, [], [0], {}, 1)
-    with pytest.raises(ValueError, match="3 seeds, but only 2 different"):
-        compare(policy, ["a"], [0, 1, 0], {}, 1)
-    with pytest.raises(ValueError, match="1 prompts and 2 metadata"):
-        compare(policy, ["a"], [0], {}, 1, metadata=[{}, {}])
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([], {}, "the prompts of the set 'prompts': .*empty list"),
+        ({"a": ["x"], "b": []}, {}, "the prompts of the set 'b': .*empty list"),
+        ({}, {}, "no prompts to evaluate on"),
+        ({"a/b": ["x"]}, {}, "'a/b' cannot be the name of a set"),
+        (["x", "y", "x"], {}, "'x' stands 2 times in the set 'prompts' .1 prompts"),
+        (["x"], {"images_per_prompt": 0}, "images_per_prompt = 0, but an evaluation needs at least 1"),
+        (["x"], {"batch_size": 0}, "batch_size = 0"),
+        (["x"], {"rewards": brightness, "held_out_rewards": brightness}, "brightness is trained on and among the held-out"),
+        ([("x", {"kind": 1}), "y"], {"category_column": "kind"}, "1 of the 2 prompts of the set 'prompts' have a 'kind'"),
+        ([("x", {"kind": 1}), "y"], {"call_columns": ["kind"]}, "comes without kind, which the pipeline's call is to get"),
+    ],
+)  # fmt: skip
+def test_misuse_is_refused_in_words(prompts, settings, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(make_policy(nudged=False), prompts, **settings)
+
+
+def test_a_function_is_no_set_of_prompts():
+    with pytest.raises(TypeError, match="the set 'prompts' is a function"):
+        read_prompt_sets(lambda: ("x", {}))
+
+
+def test_held_out_prompts_are_not_trained_on():
+    sets = read_prompt_sets({"training": ["a", "b"], "Held_Out": ["c", "b", "d"]})
+    refuse_training_prompts(sets, ["a", "e"])
+    with pytest.raises(ValueError, match="1 of the 3 prompts of the set 'Held_Out' are trained on: 'b'"):
+        refuse_training_prompts(sets, ["a", "b"])
+    assert prompts_of(["a", ("b", {})]) == prompts_of(datasets.Dataset.from_dict({"prompt": ["a", "b"]})) == ["a", "b"]
+    assert prompts_of("a") == ["a"] and prompts_of(lambda: ("a", {})) is None
+
+
+def test_the_same_prompt_with_other_metadata_is_another_entry():
+    (one,) = read_prompt_sets([("a", {"picture": 1}), ("a", {"picture": 2})])
+    assert one.prompts == ("a", "a") and len(one) == 2

@@ -3,13 +3,12 @@ import math
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from dpok_trl.results.curves import DARK, LIGHT, column, draw_curves
-from dpok_trl.results.evaluation import Comparison
+from dpok_trl.results.evaluation import Comparison, Drawn, Evaluation
 from dpok_trl.results.report import write_report
 from dpok_trl.results.runlog import RunLog
 
@@ -32,17 +31,25 @@ class Page(HTMLParser):
         self.text += data
 
 
-def make_comparison(n: int = 20, size: int = 8, prompts: int = 1) -> Comparison:
+def make_evaluation(n: int = 20, size: int = 8, prompts: int = 1, sets: tuple[str, ...] = ("one",)) -> Evaluation:
     generator = torch.Generator().manual_seed(0)
-    return Comparison(
+    shown = [index * n // min(n, 16) for index in range(min(n, 16))]
+
+    def drawn(scores: torch.Tensor, kl: torch.Tensor | None) -> Drawn:
+        pictures = (255 * torch.rand(len(shown), 3, size, size, generator=generator)).to(torch.uint8)
+        return Drawn({"judge": scores}, {"judge": 0}, torch.rand(n, 5, generator=generator), kl, pictures)
+
+    comparison = Comparison(
         prompts=[f"prompt <{index * prompts // n}>" for index in range(n)],
-        seeds=[index % (n // prompts) for index in range(n)],
-        base_scores={"judge": torch.linspace(0, 1, n)},
-        tuned_scores={"judge": torch.linspace(0.5, 1, n)},
-        path_kl=torch.full((n,), 12.5),
-        base_images=torch.rand(n, 3, size, size, generator=generator),
-        tuned_images=torch.rand(n, 3, size, size, generator=generator),
+        seeds=list(range(n)),
+        images_per_prompt=n // prompts,
+        categories=None,
+        held_out=(),
+        shown=shown,
+        base=drawn(torch.linspace(0, 1, n), None),
+        tuned=drawn(torch.linspace(0.5, 1, n), torch.full((n,), 12.5)),
     )
+    return Evaluation(dict.fromkeys(sets, comparison), {})
 
 
 def log_a_run(folder, epochs: int = 3) -> None:
@@ -68,7 +75,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
     page = write_report(
         tmp_path,
         "Title & <b>",
-        comparison=make_comparison(),
+        evaluation=make_evaluation(),
         summary="Two sentences.",
         command="dpok-trl demo --prompt 'a <b>'",
         config={"kl_weight": 0.02, "sample_call_kwargs/height": 64},
@@ -83,10 +90,12 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
     assert parsed.links == [] and "script" not in parsed.tags and "link" not in parsed.tags
     assert not re.search(r"url\(|@import", text)
     assert "prefers-color-scheme: dark" in text
-    comparison = make_comparison()
+    comparison = make_evaluation().sets["one"]
     for number in (
-        str(comparison.base("judge")),
-        str(comparison.tuned("judge")),
+        str(comparison.base_reward("judge")),
+        str(comparison.tuned_reward("judge")),
+        str(comparison.best_of("judge", 16)),
+        str(comparison.diversity()[0]),
         str(comparison.kl),
         "12.5 nats",
         "0.50 → 0.75",
@@ -103,34 +112,32 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
     ):
         assert words in parsed.text
     assert "16 of the 20 pairs, evenly spaced, not selected" in parsed.text
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["before-after.png", "curves.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["curves.png", "grid.png"]
 
 
 def test_a_page_of_a_log_alone_and_of_a_comparison_alone(tmp_path):
     log_a_run(tmp_path / "log")
     parsed = Page(write_report(tmp_path / "log", "t").read_text())
     assert len(parsed.assets) == 2 and "Scores" not in parsed.text
-    (tmp_path / "comparison").mkdir()
-    parsed = Page(write_report(tmp_path / "comparison", "t", comparison=make_comparison(n=4, prompts=2)).read_text())
+    (tmp_path / "evaluation").mkdir()
+    parsed = Page(write_report(tmp_path / "evaluation", "t", evaluation=make_evaluation(n=4, prompts=2)).read_text())
     assert len(parsed.assets) == 8 and "Training" not in parsed.text
     assert "prompt <1>" in parsed.text
 
 
-def test_before_stands_over_after(tmp_path):
-    comparison = make_comparison(n=20)
-    comparison.base_images[:] = torch.tensor([1.0, 0, 0])[:, None, None]
-    comparison.tuned_images[:] = torch.tensor([0, 0, 1.0])[:, None, None]
-    write_report(tmp_path, "t", comparison=comparison)
-    pixels = np.asarray(Image.open(tmp_path / "before-after.png"))
-    # title 36 high; four rows of 8 pictures of 128, with one caption line of 17 and 10 between
-    assert pixels.shape == (36 + 4 * 155, 10 + 8 * 138, 3)
-    rows = [pixels[36 + 155 * row + 64, 10 + 138 * 7 + 64].tolist() for row in range(4)]
-    assert rows == [[255, 0, 0], [0, 0, 255]] * 2
+def test_every_set_is_on_the_page(tmp_path):
+    parsed = Page(
+        write_report(tmp_path, "t", evaluation=make_evaluation(n=4, sets=("training", "held-out"))).read_text()
+    )
+    assert len(parsed.assets) == 2 * 8
+    for heading in ("Scores: training", "Scores: held-out", "Before and after: held-out"):
+        assert heading in parsed.text
+    assert (tmp_path / "evaluation.json").exists()
 
 
 def test_pictures_on_the_page_are_not_larger_than_they_are_shown(tmp_path):
-    small = len(write_report(tmp_path, "t", comparison=make_comparison(n=2, size=256)).read_text())
-    large = len(write_report(tmp_path, "t", comparison=make_comparison(n=2, size=512)).read_text())
+    small = len(write_report(tmp_path, "t", evaluation=make_evaluation(n=2, size=256)).read_text())
+    large = len(write_report(tmp_path, "t", evaluation=make_evaluation(n=2, size=512)).read_text())
     assert large <= 1.05 * small
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig
 
-    from dpok_trl.results.evaluation import Comparison
+    from dpok_trl.results.evaluation import Evaluation
     from dpok_trl.training.config import DPOKConfig
     from dpok_trl.training.trainer import DPOKTrainer
 
@@ -69,7 +68,7 @@ def _run(args: argparse.Namespace, started: float) -> int:
     print("Loading ...", flush=True)
     from dpok_trl.demo import load_demo_pipeline
     from dpok_trl.demo.world import REWARDS
-    from dpok_trl.results.evaluation import compare
+    from dpok_trl.results.evaluation import evaluate
     from dpok_trl.training.trainer import DPOKTrainer
 
     threads = limit_threads()
@@ -87,10 +86,17 @@ def _run(args: argparse.Namespace, started: float) -> int:
     trained = time.monotonic() - started
 
     print(f"\nComparing {args.images} images with those of the pretrained model ...", flush=True)
-    scorers = demo_scorers(args.reward)
-    comparison = compare(trainer.policy, [args.prompt], range(args.images), scorers, IMAGES_PER_EPOCH)
-    (args.output / "comparison.json").write_text(json.dumps(comparison.to_dict(), indent=1))
-    print(f"\n{comparison.table()}\n")
+    rewards = demo_rewards(args.reward)
+    trained_on = {args.reward: rewards.pop(args.reward)}
+    evaluation = evaluate(
+        trainer.policy,
+        {"training": [args.prompt]},
+        trained_on,
+        held_out_rewards=rewards,
+        images_per_prompt=args.images,
+        batch_size=IMAGES_PER_EPOCH,
+    )
+    print(f"\n{evaluation.table()}\n")
 
     lora = args.output / "lora"
     trainer.save_model(lora)
@@ -99,7 +105,7 @@ def _run(args: argparse.Namespace, started: float) -> int:
     print(
         f"Loaded into a stock StableDiffusionPipeline, the LoRA draws {verdict}: largest difference of a pixel {difference}."
     )
-    page = write_demo_report(args, trainer, comparison, difference, trained)
+    page = write_demo_report(args, trainer, evaluation, difference, trained)
     print(f"Report: {page}\nLoRA:   {lora}\nDone in {time.monotonic() - started:.0f} s.", flush=True)
     return 0 if difference == 0 else 1
 
@@ -142,17 +148,17 @@ def demo_lora_config() -> LoraConfig:
     return LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=attention + others)
 
 
-def demo_scorers(reward: str) -> dict[str, Any]:
-    """What the comparison shows: whether the picture is right, how nearly, whether it is clean, and the trained reward."""
+def demo_rewards(reward: str) -> dict[str, Any]:
+    """What the evaluation shows: whether the picture is right, how nearly, whether it is clean, and the trained reward."""
     from dpok_trl.demo.world import exact_reward, fidelity, greenness_reward, soft_reward
 
     def fidelity_scores(images: torch.Tensor, prompts: tuple[str, ...], metadata: Any) -> list[float]:
         return [fidelity(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
 
-    scorers = {"exact": exact_reward, "soft": soft_reward, "fidelity": fidelity_scores}
+    rewards = {"exact": exact_reward, "soft": soft_reward, "fidelity": fidelity_scores}
     if reward == "greenness":
-        scorers["greenness"] = greenness_reward
-    return scorers
+        rewards["greenness"] = greenness_reward
+    return rewards
 
 
 def reload_difference(tuned: StableDiffusionPipeline, lora: Path, prompt: str, images: int = 8) -> float:
@@ -172,14 +178,14 @@ def reload_difference(tuned: StableDiffusionPipeline, lora: Path, prompt: str, i
 
 
 def write_demo_report(
-    args: argparse.Namespace, trainer: DPOKTrainer, comparison: Comparison, difference: float, trained: float
+    args: argparse.Namespace, trainer: DPOKTrainer, evaluation: Evaluation, difference: float, trained: float
 ) -> Path:
     from dpok_trl.results.report import write_report
 
     return write_report(
         args.output,
         f"DPOK on “{args.prompt}”",
-        comparison=comparison,
+        evaluation=evaluation,
         summary=(
             f"A Stable Diffusion of three million parameters that draws coloured shapes, tuned by reinforcement learning on the reward "
             f"“{args.reward}” for {args.epochs} epochs of {IMAGES_PER_EPOCH} images, with {args.kl_weight:g} times the KL to the pretrained model. "

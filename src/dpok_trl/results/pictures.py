@@ -17,6 +17,8 @@ LARGEST_CELL = 384  # pixels; sixteen pictures of 1024 pixels would make a file 
 FONT_SIZE = 13
 TITLE_SIZE = 16
 GAP = 10
+PAIR_GAP = 4  # between the two pictures of a pair
+PAIR_COLUMNS = 8
 BACKGROUND = (255, 255, 255)
 INK = (28, 30, 33)
 PALE_INK = (98, 103, 110)
@@ -91,6 +93,64 @@ def picture_grid(
             ink = INK if number == 0 else PALE_INK
             pen.text((x, y + height + 2 + number * line_height), line, ink, font(FONT_SIZE))
     return grid
+
+
+def pair_grid(
+    rows: tuple[Sequence[Image.Image], Sequence[Image.Image]],
+    labels: tuple[str, str],
+    captions: Sequence[tuple[str, str]],
+    title: str = "",
+    columns: int = PAIR_COLUMNS,
+) -> Image.Image:
+    """Two pictures over each other in every column, and what belongs to both below them.
+
+    Args:
+        rows (`tuple` of two `Sequence[PIL.Image.Image]`): The upper and the lower pictures, equally many, of one size.
+        labels (`tuple[str, str]`): Of the upper and of the lower ones; at the left.
+        captions (`Sequence[tuple[str, str]]`): For each pair a headline and a text, which is wrapped to two lines.
+        title (`str`, *optional*): Over the whole.
+        columns (`int`): Pairs side by side at most, before the next block.
+    """
+    if not rows[0] or not len(rows[0]) == len(rows[1]) == len(captions):
+        raise ValueError(
+            f"pairs need as many upper as lower pictures and captions: {len(rows[0])}, {len(rows[1])} and {len(captions)}"
+        )
+    upper, lower = ([fit_cell(picture.convert("RGB")) for picture in row] for row in rows)
+    blocks = math.ceil(len(captions) / columns)
+    columns = math.ceil(len(captions) / blocks)  # twelve pairs as six and six, not as eight and four
+    width, height = (max(getattr(cell, side) for cell in [*upper, *lower]) for side in ("width", "height"))
+    lines = [[shorten(head, width, font(FONT_SIZE)), *wrap(text, width, font(FONT_SIZE))] for head, text in captions]
+    lines = [[line for line in caption if line] for caption in lines]
+    line_height = FONT_SIZE + 4
+    block_height = 2 * (height + PAIR_GAP) + max(map(len, lines)) * line_height + 2 * GAP
+    left = GAP + math.ceil(max(font(FONT_SIZE).getlength(label) for label in labels)) + GAP
+    top = GAP + (TITLE_SIZE + GAP if title else 0)
+    grid = Image.new("RGB", (left + columns * (width + GAP), top + blocks * block_height - GAP), BACKGROUND)
+    pen = ImageDraw.Draw(grid)
+    if title:
+        pen.text((GAP, GAP - 2), shorten(title, grid.width - 2 * GAP, font(TITLE_SIZE)), INK, font(TITLE_SIZE))
+    for index, caption in enumerate(lines):
+        block, column = divmod(index, columns)
+        x, y = left + column * (width + GAP), top + block * block_height
+        for cells, label in ((upper, labels[0]), (lower, labels[1])):
+            grid.paste(cells[index], (x, y))
+            if column == 0:
+                pen.text((GAP, y + (height - FONT_SIZE) // 2), label, PALE_INK, font(FONT_SIZE))
+            y += height + PAIR_GAP
+        for number, line in enumerate(caption):
+            ink = INK if number == 0 else PALE_INK
+            pen.text((x, y + number * line_height), line, ink, font(FONT_SIZE))
+    return grid
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures below each other, on the paper of the grids."""
+    size = (max(picture.width for picture in pictures), sum(picture.height for picture in pictures))
+    whole, y = Image.new("RGB", size, BACKGROUND), 0
+    for picture in pictures:
+        whole.paste(picture, (0, y))
+        y += picture.height
+    return whole
 
 
 def shorten(text: str, width: float, typeface: ImageFont.FreeTypeFont) -> str:

@@ -18,14 +18,13 @@ from PIL import Image
 from dpok_trl import __version__
 from dpok_trl.core.gaussian import Reduction
 from dpok_trl.results.curves import DARK, LIGHT, draw_curves
-from dpok_trl.results.evaluation import Comparison
-from dpok_trl.results.pictures import picture_grid, to_pil
+from dpok_trl.results.evaluation import Comparison, Evaluation
+from dpok_trl.results.evaluation_files import best_of_rows, notes, score_change, score_rows
+from dpok_trl.results.pictures import PAIR_COLUMNS, to_pil
 from dpok_trl.results.runlog import METRICS_FILE, format_reward, read_metrics
 
 
 REPORT_FILE = "report.html"
-PAIRS = 16  # before/after pairs on the page
-COLUMNS = 8
 LARGEST_PICTURE = 256  # pixels on the page; a page of 32 pictures of 1024 pixels would weigh 60 MB
 SMALL_PICTURE = 128  # pixels; up to here a picture is shown with square pixels instead of being blurred
 
@@ -34,7 +33,7 @@ def write_report(
     run_folder: str | Path,
     title: str,
     *,
-    comparison: Comparison | None = None,
+    evaluation: Evaluation | None = None,
     summary: str = "",
     command: str | None = None,
     config: Mapping[str, Any] | None = None,
@@ -42,14 +41,14 @@ def write_report(
     reduction: Reduction = "mean",
     device: str | torch.device = "cpu",
 ) -> Path:
-    """Writes `report.html`, and `before-after.png` and `curves.png` beside it.
+    """Writes `report.html`, and `curves.png` and the files of the evaluation beside it.
 
     The page is one file: pictures are in it, it loads nothing, runs no script, and follows the reader's light or dark setting.
 
     Args:
         run_folder (`str` or `Path`): Where the files go; the curves are drawn from the `metrics.jsonl` in it, if there is one.
         title (`str`)
-        comparison ([`Comparison`], *optional*): Gives the scores and the pictures before and after.
+        evaluation ([`Evaluation`], *optional*): Gives the scores and the pictures before and after.
         summary (`str`, *optional*): A sentence or two under the title.
         command (`str`, *optional*): What to type for the same run.
         config (`Mapping[str, Any]`, *optional*): Every setting.
@@ -71,13 +70,13 @@ def write_report(
         "light": LIGHT,
         "dark": DARK,
         "tiles": [],
-        "rows": [],
-        "pairs": [],
+        "sets": [],
         "curves_light": None,
     }
-    if comparison is not None:
-        values.update(_comparison_values(comparison))
-        _before_after(comparison).save(folder / "before-after.png")
+    if evaluation is not None:
+        values["tiles"] = _tiles(evaluation)
+        values["sets"] = [_set_values(name, comparison) for name, comparison in evaluation.sets.items()]
+        evaluation.save(folder)
     if (folder / METRICS_FILE).exists():
         metrics = read_metrics(folder)
         curves = draw_curves(metrics, reduction, LIGHT)
@@ -110,26 +109,29 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
-def _comparison_values(comparison: Comparison) -> dict[str, Any]:
-    names = list(comparison.tuned_scores)
-    tiles = [
-        (f"{format_reward(comparison.base(name).mean)} → {format_reward(comparison.tuned(name).mean)}", name)
-        for name in names
-    ]
-    tiles.append((f"{comparison.kl.mean:.3g} nats", "path KL to pretrained"))
-    shown = _shown(comparison)
-    befores = to_pil(comparison.base_images[shown])
-    afters = to_pil(comparison.tuned_images[shown])
+def _tiles(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """The large numbers at the top: of the first set."""
+    comparison = next(iter(evaluation.sets.values()))
+    tiles = []
+    for name in comparison.rewards:
+        before, after = comparison.base_reward(name).mean, comparison.tuned_reward(name).mean
+        tiles.append((f"{format_reward(before)} → {format_reward(after)}", name))
+    return [*tiles, (f"{comparison.kl.mean:.3g} nats", "path KL to pretrained")]
+
+
+def _set_values(name: str, comparison: Comparison) -> dict[str, Any]:
+    reward = comparison.rewards[0] if comparison.rewards else None
+    befores, afters = to_pil(comparison.base.pictures), to_pil(comparison.tuned.pictures)
     pairs = [
         {
             "before": _picture_uri(before),
             "after": _picture_uri(after),
             "small": max(before.size) <= SMALL_PICTURE,
-            "prompt": comparison.prompts[index],
-            "seed": comparison.seeds[index],
-            "score": _score_change(comparison, names[0], index) if names else "",
+            "prompt": comparison.prompts[row],
+            "seed": comparison.seeds[row],
+            "score": score_change(comparison, reward, row) if reward else "",
         }
-        for index, before, after in zip(shown, befores, afters, strict=True)
+        for row, before, after in zip(comparison.shown, befores, afters, strict=True)
     ]
     several = len(set(comparison.prompts)) > 1
     note = "Each column is one seed. "
@@ -137,47 +139,17 @@ def _comparison_values(comparison: Comparison) -> dict[str, Any]:
         note += f"{len(pairs)} of the {len(comparison)} pairs, evenly spaced, not selected. "
     if not several:
         note += f"Prompt: “{comparison.prompts[0]}”. "
-    if names:
-        note += f"Below each pair: {names[0]}."
+    if reward:
+        note += f"Below each pair: {reward}."
     return {
-        "tiles": tiles,
-        "rows": comparison.rows(),
+        "name": name,
+        "tables": [rows for rows in (score_rows(name, comparison), best_of_rows(comparison)) if rows],
+        "notes": notes(comparison),
         "pairs": pairs,
         "pairs_note": note,
         "several_prompts": several,
-        "columns": min(COLUMNS, len(pairs)),
+        "columns": min(PAIR_COLUMNS, len(pairs)),
     }
-
-
-def _shown(comparison: Comparison) -> list[int]:
-    """Rows of the pairs on the page: evenly spaced, so that every prompt is there and nobody has chosen."""
-    number = len(comparison)
-    if number > COLUMNS:
-        number = min(PAIRS, number // COLUMNS * COLUMNS)  # whole rows
-    return [index * len(comparison) // number for index in range(number)]
-
-
-def _score_change(comparison: Comparison, name: str, index: int) -> str:
-    before, after = comparison.base_scores[name][index], comparison.tuned_scores[name][index]
-    return f"{format_reward(before.item())} → {format_reward(after.item())}"
-
-
-def _before_after(comparison: Comparison) -> Image.Image:
-    """Rows of pretrained pictures, each over the row of the tuned ones from the same seeds."""
-    shown = _shown(comparison)
-    name = next(iter(comparison.tuned_scores), None)
-    pictures, captions = [], []
-    for start in range(0, len(shown), COLUMNS):
-        rows = shown[start : start + COLUMNS]
-        for what, images, scores in (
-            ("pretrained", comparison.base_images, comparison.base_scores),
-            ("tuned", comparison.tuned_images, comparison.tuned_scores),
-        ):
-            pictures += to_pil(images[rows])
-            captions += [(f"{what}  {format_reward(scores[name][row].item())}" if name else what, "") for row in rows]
-    prompts = list(dict.fromkeys(comparison.prompts))
-    title = prompts[0] if len(prompts) == 1 else f"{len(prompts)} prompts"
-    return picture_grid(pictures, captions, min(COLUMNS, len(shown)), f"{title}  ·  same seeds, {name or 'no score'}")
 
 
 def _in_words(metrics: list[dict[str, Any]]) -> str:

@@ -1,0 +1,252 @@
+"""Evaluation in a run: the same prompts and seeds every time, on any number of processes, without a trace in the training."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from dpok_trl.results.evaluation import Drawn, Draws, Evaluation, Part, bind_rewards, compared
+from dpok_trl.results.evaluation_files import evaluation_grid
+from dpok_trl.results.prompt_sets import PromptSet, prompts_of, read_prompt_sets, refuse_training_prompts
+from dpok_trl.results.runlog import log_images_to
+from dpok_trl.rewards.base import RewardError
+from dpok_trl.rewards.binding import BoundReward, TrainerState
+from dpok_trl.rewards.combining import RewardSet
+from dpok_trl.rewards.wrappers import Standardized
+from dpok_trl.training.building import on_the_device
+from dpok_trl.training.overoptimisation import WINDOW, Snapshot, over_optimisation
+
+
+if TYPE_CHECKING:
+    from dpok_trl.training.trainer import DPOKTrainer
+
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "evaluation"  # of the newest one, in the output folder
+
+
+class Evaluator:
+    """Evaluates a trainer's policy against the pretrained model.
+
+    The pretrained model does not change: its images are drawn and judged once, at the first evaluation.
+
+    Args:
+        trainer ([`DPOKTrainer`])
+        prompt_function: What is trained on.
+        eval_prompts: See [`DPOKTrainer`]; `None` without evaluations while training.
+        eval_reward_function: Held-out rewards; likewise.
+
+    Raises:
+        `ValueError` or `TypeError`: For prompts and rewards that cannot be used, and for `eval_freq` without prompts.
+    """
+
+    def __init__(
+        self, trainer: DPOKTrainer, prompt_function: Any, eval_prompts: Any = None, eval_reward_function: Any = None
+    ):
+        self.trainer = trainer
+        config = trainer.config
+        if config.eval_freq and eval_prompts is None:
+            raise ValueError(
+                f"eval_freq = {config.eval_freq} asks for evaluations while training, and there are no prompts for them. Give the trainer eval_prompts, such as "
+                "{'training': [...], 'held-out': [...]}, or set eval_freq = 0."
+            )
+        self.sets = [] if eval_prompts is None else read_prompt_sets(eval_prompts)
+        trained_on = prompts_of(prompt_function)
+        if trained_on is not None:
+            refuse_training_prompts(self.sets, trained_on)
+        self.held_out = None if eval_reward_function is None else self._held_out_rewards(eval_reward_function)
+        if config.eval_freq:
+            bound, _ = bind_rewards(trainer.rewards, self.held_out, trainer.accelerator.device)
+            refuse_running_statistics(bound)
+        self._policies: dict[int | None, Any] = {None: trainer.policy}  # by number of steps
+        self._base: dict[str, Drawn] = {}
+        self._base_rewards: RewardSet | None = None  # those that judged it
+        self._history: deque[Snapshot] = deque(maxlen=WINDOW)
+        self._warned = False
+
+    # ---------------------------------------------------------------- while training
+
+    def after_epoch(self, epoch: int, last: bool) -> None:
+        """Called on all processes when an epoch is done: evaluates every `eval_freq` epochs and at the end, and logs."""
+        freq = self.trainer.config.eval_freq
+        if not freq or not (last or (epoch + 1) % freq == 0):
+            return
+        started = time.monotonic()
+        evaluation = self.evaluate()
+        metrics = {"epoch": epoch, **evaluation.metrics(), **self._over_optimisation(evaluation, epoch)}
+        trainer = self.trainer
+        trainer._log({**metrics, "time/evaluation": time.monotonic() - started}, trainer.global_step)
+        if trainer.accelerator.is_main_process:
+            evaluation.save(trainer.output_dir / FOLDER)
+            grid = evaluation_grid(evaluation)
+            log_images_to(trainer.accelerator.trackers, FOLDER, [grid], [f"epoch {epoch}"], trainer.global_step)
+
+    def _over_optimisation(self, evaluation: Evaluation, epoch: int) -> dict[str, float]:
+        """Whether the training reward rises at the expense of others, once there are enough evaluations to tell."""
+        trainer = self.trainer
+        self._history.append(Snapshot(epoch, trainer.global_step, evaluation))
+        if len(self._history) < WINDOW:
+            return {}
+        weights = dict(zip(trainer.rewards.names, trainer.rewards.weights.tolist(), strict=True))
+        found = over_optimisation(self._history[0], self._history[-1], weights, trainer.kl_weight)
+        if found is not None and not self._warned and trainer.accelerator.is_main_process:
+            logger.warning("%s", found)
+        self._warned = found is not None  # once for each event: again only after it was over
+        return {"eval/over_optimisation": float(found is not None)}
+
+    # ---------------------------------------------------------------- at any time
+
+    def evaluate(
+        self,
+        prompts: Any = None,
+        reward_function: Any = None,
+        *,
+        sets: Sequence[str] | None = None,
+        images_per_prompt: int | None = None,
+        num_steps: int | None = None,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> Evaluation:
+        """See [`DPOKTrainer.evaluate`]."""
+        config, given = self.trainer.config, (prompts, reward_function, images_per_prompt, num_steps, batch_size)
+        chosen = self._chosen(prompts, sets)
+        held_out = self.held_out if reward_function is None else self._held_out_rewards(reward_function)
+        bound, held_out_names = bind_rewards(self.trainer.rewards, held_out, self.trainer.accelerator.device)
+        refuse_running_statistics(bound)
+        draws = self._draws(
+            bound,
+            held_out,
+            num_steps=config.eval_num_steps if num_steps is None else num_steps,
+            images_per_prompt=config.eval_num_images_per_prompt if images_per_prompt is None else images_per_prompt,
+            batch_size=batch_size or config.eval_batch_size or config.sample_batch_size,
+            seed=seed,
+        )
+        base = self._kept_base() if seed == 0 and all(one is None for one in given) else {}
+        found = {}
+        with random_states_kept(self.trainer.accelerator.device):
+            state = TrainerState(self.trainer.first_epoch, self.trainer.global_step)
+            for one in chosen:
+                tuned = draws.draw(one, pretrained=False, state=state)
+                if one.name not in base:
+                    base[one.name] = draws.draw(one, pretrained=True, state=state)
+                found[one.name] = compared(
+                    draws, one, base[one.name], tuned, held_out_names, config.sample_category_column
+                )
+        return Evaluation(found, dict(draws.policy.call_kwargs))
+
+    def _chosen(self, prompts: Any, sets: Sequence[str] | None) -> list[PromptSet]:
+        available = self.sets if prompts is None else read_prompt_sets(prompts)
+        if not available:
+            raise ValueError(
+                "there are no prompts to evaluate on: give `evaluate` some, or the trainer eval_prompts, such as {'training': [...], 'held-out': [...]}."
+            )
+        names = [one.name for one in available]
+        for name in names if sets is None else sets:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f" Did you mean '{close[0]}'?" if close else ""
+                raise ValueError(f"there is no set of prompts '{name}'.{hint} There are: {', '.join(names)}.")
+        return [one for one in available if sets is None or one.name in sets]
+
+    def _kept_base(self) -> dict[str, Drawn]:
+        if self._base_rewards is not self.trainer.rewards:  # `reward_fn` was set
+            self._base, self._base_rewards = {}, self.trainer.rewards
+        return self._base
+
+    def _held_out_rewards(self, given: Any) -> RewardSet:
+        rewards = RewardSet(given, device=self.trainer.accelerator.device)
+        if self.trainer.config.reward_offload:
+            rewards.to("cpu")
+        return rewards
+
+    def _draws(
+        self, bound: Sequence[BoundReward], held_out: RewardSet | None, num_steps: int | None, **settings: Any
+    ) -> Draws:
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        if num_steps not in self._policies:
+            self._policies[num_steps] = trainer.policy.with_call(num_inference_steps=num_steps)
+
+        def work_of_all(work: Callable[[], list[Part]]) -> list[Part]:
+            return on_all_processes(accelerator, work)
+
+        @contextmanager
+        def scoring() -> Iterator[None]:
+            with ExitStack() as stack:
+                for rewards in (trainer.rewards, held_out) if trainer.config.reward_offload else ():
+                    if rewards is not None:
+                        stack.enter_context(on_the_device(rewards, accelerator.device))
+                yield
+
+        return Draws(
+            self._policies[num_steps],
+            bound,
+            call_columns=trainer.config.sample_call_columns or (),
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            collect=work_of_all,
+            drawing=accelerator.autocast,
+            scoring=scoring,
+            **settings,
+        )
+
+
+def refuse_running_statistics(rewards: Sequence[BoundReward]) -> None:
+    """Raises `ValueError` for rewards that an evaluation would change: the training would be another one."""
+    for reward in rewards:
+        function = reward.function
+        while function is not None:
+            if isinstance(function, Standardized) and function.running:
+                raise ValueError(
+                    f"the reward {reward.name} is standardised by running statistics, which an evaluation would move; and by which no reward ever rises. Give "
+                    "`Standardized` a mean and a std."
+                )
+            inner = getattr(function, "bound", None)  # of a wrapper
+            function = inner.function if isinstance(inner, BoundReward) else None
+
+
+def on_all_processes(accelerator: Accelerator, work: Callable[[], list[Any]]) -> list[Any]:
+    """Runs `work` on every process, and returns what all of them returned, process after process.
+
+    Raises:
+        Whatever it raises; on the other processes [`RewardError`] or `RuntimeError` with the same message. They must hear of it, or they would wait for ever.
+    """
+    error: Exception | None = None
+    made: list[Any] = []
+    try:
+        made = work()
+    except Exception as raised:
+        error = raised
+    told = None if error is None else (isinstance(error, RewardError), f"{type(error).__name__}: {error}")
+    failures = gather_object([told])
+    if error is not None:
+        raise error
+    for process, failure in enumerate(failures):
+        if failure is not None:
+            of_reward, message = failure
+            raise (RewardError if of_reward else RuntimeError)(f"process {process} failed with {message}")
+    return gather_object(made)
+
+
+@contextmanager
+def random_states_kept(device: torch.device) -> Iterator[None]:
+    """Within it anybody may draw from the global generators; afterwards they are as they were."""
+    states = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
