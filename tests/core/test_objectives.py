@@ -271,6 +271,9 @@ def network(seed=0):
 def test_gradient_of_noise_kl_through_a_network(reduction):
     output_of, parameters = network()
     reference = torch.linspace(-1.0, 1.0, 8, dtype=torch.float64).reshape(2, 4)
+    squares = (output_of(*parameters) - reference).square()
+    expected = squares.mean(1) if reduction == "mean" else squares.sum(1)
+    assert torch.equal(noise_kl(output_of(*parameters), reference, reduction), expected)  # in float64 too
     assert torch.autograd.gradcheck(lambda *theta: noise_kl(output_of(*theta), reference, reduction), parameters)
 
 
