@@ -9,7 +9,8 @@ from PIL import Image
 from tiny import STEPS, nudge, stable_diffusion, with_adapter
 
 from dpok_trl.policy.policy import Policy
-from dpok_trl.results.evaluation import evaluate, path_kl
+from dpok_trl.results.drawing import path_kl
+from dpok_trl.results.evaluation import evaluate
 from dpok_trl.results.prompt_sets import prompts_of, read_prompt_sets, refuse_training_prompts
 from dpok_trl.rewards.base import RewardError
 

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from dpok_trl.results.curves import DARK, LIGHT, column, draw_curves
-from dpok_trl.results.evaluation import Comparison, Drawn, Evaluation
+from dpok_trl.results.drawing import Drawn
+from dpok_trl.results.evaluation import Comparison, Evaluation
 from dpok_trl.results.report import write_report
 from dpok_trl.results.runlog import RunLog
 

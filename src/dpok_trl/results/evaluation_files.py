@@ -17,7 +17,8 @@ from dpok_trl.results.runlog import format_reward
 
 
 if TYPE_CHECKING:  # it imports this module
-    from dpok_trl.results.evaluation import Comparison, Drawn, Evaluation
+    from dpok_trl.results.drawing import Drawn
+    from dpok_trl.results.evaluation import Comparison, Evaluation
 
 
 TABLE_FILE, JSON_FILE, GRID_FILE = "evaluation.md", "evaluation.json", "grid.png"

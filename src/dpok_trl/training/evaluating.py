@@ -16,7 +16,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from dpok_trl.results.evaluation import Drawn, Draws, Evaluation, Part, bind_rewards, compared
+from dpok_trl.results.drawing import Drawn, Draws, Part
+from dpok_trl.results.evaluation import Evaluation, bind_rewards, compared
 from dpok_trl.results.evaluation_files import evaluation_grid
 from dpok_trl.results.prompt_sets import PromptSet, prompts_of, read_prompt_sets, refuse_training_prompts
 from dpok_trl.results.runlog import log_images_to
