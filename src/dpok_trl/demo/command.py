@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpok_trl.training.presets import PRESETS
+
 
 if TYPE_CHECKING:
     import torch
@@ -26,11 +28,12 @@ if TYPE_CHECKING:
 
 HELP = "tune the shipped 3-million-parameter Stable Diffusion on this computer, without a download (about two minutes on a CPU)"
 
-IMAGES_PER_EPOCH = 64
-STEPS = 10
-EPOCHS = 48
+PRESET = PRESETS["demo"].values()
+IMAGES_PER_EPOCH = PRESET["sample_batch_size"]
+STEPS = PRESET["sample_num_steps"]
+EPOCHS = PRESET["num_epochs"]
 MOST_THREADS = 8  # the network is so small that more threads wait for each other
-SAMPLING = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "eta": 1.0}
+SAMPLING = {"num_inference_steps": STEPS, "guidance_scale": PRESET["sample_guidance_scale"], "eta": 1.0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exact: 1 if the picture shows what was asked; soft: partial credit; greenness: any green will do, to see a reward hacked",
     )
     parser.add_argument(
-        "--kl-weight", type=_not_negative, default=0.02, help="weight of the KL to the pretrained model"
+        "--kl-weight", type=_not_negative, default=PRESET["kl_weight"], help="weight of the KL to the pretrained model"
     )
     parser.add_argument("--epochs", type=_positive, default=EPOCHS, help=f"rounds of {IMAGES_PER_EPOCH} images")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training run")
@@ -111,10 +114,11 @@ def _run(args: argparse.Namespace, started: float) -> int:
 
 
 def demo_config(output: Path, epochs: int, kl_weight: float, seed: int) -> DPOKConfig:
-    """The settings of the demo. Log-probabilities are summed over the 256 latent dimensions, so clip and KL are in nats."""
+    """The preset "demo", with what is different from run to run."""
     from dpok_trl.training.config import DPOKConfig
 
-    return DPOKConfig(
+    return DPOKConfig.preset(
+        "demo",
         exp_name="dpok-demo",
         output_dir=str(output),
         accelerator_kwargs={
@@ -124,17 +128,6 @@ def demo_config(output: Path, epochs: int, kl_weight: float, seed: int) -> DPOKC
         num_epochs=epochs,
         save_freq=0,
         sample_grid_freq=5,
-        sample_num_steps=STEPS,
-        sample_guidance_scale=1.0,
-        sample_batch_size=IMAGES_PER_EPOCH,
-        sample_num_batches_per_epoch=1,
-        train_batch_size=IMAGES_PER_EPOCH,
-        train_timesteps_per_update=2,
-        train_learning_rate=2e-3,
-        train_lr_scheduler="cosine",
-        train_adam_beta2=0.99,
-        train_log_prob_reduction="sum",
-        train_clip_range=0.2,
         kl_weight=kl_weight,
     )
 
