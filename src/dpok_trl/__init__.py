@@ -14,6 +14,8 @@ __version__ = "0.1.0.dev0"
 _MODULE_OF = {
     "DPOKConfig": "dpok_trl.training.config",
     "DPOKTrainer": "dpok_trl.training.trainer",
+    "DPOKSFTConfig": "dpok_trl.training.sft_config",
+    "DPOKSFTTrainer": "dpok_trl.training.sft",
     "DefaultDPOKStableDiffusionPipeline": "dpok_trl.policy.ddpo_pipeline",
     "DPOKPipelineOutput": "dpok_trl.policy.ddpo_pipeline",
     "DPOKSchedulerOutput": "dpok_trl.policy.schedulers",
@@ -53,6 +55,8 @@ _MODULE_OF = {
 __all__ = [
     "DPOKConfig",
     "DPOKTrainer",
+    "DPOKSFTConfig",
+    "DPOKSFTTrainer",
     "DefaultDPOKStableDiffusionPipeline",
     "DPOKPipelineOutput",
     "DPOKSchedulerOutput",
@@ -112,6 +116,8 @@ if TYPE_CHECKING:
     from dpok_trl.rewards.wrappers import Cached, Clipped, Negated, Standardized
     from dpok_trl.training.config import DPOKConfig
     from dpok_trl.training.ratio import RatioError
+    from dpok_trl.training.sft import DPOKSFTTrainer
+    from dpok_trl.training.sft_config import DPOKSFTConfig
     from dpok_trl.training.trainer import DPOKTrainer
 
 
