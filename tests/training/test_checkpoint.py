@@ -187,6 +187,93 @@ def test_the_decision_to_reanchor_is_the_first_batchs(saved, make_trainer):
     assert trainer._reanchor is True
 
 
+# Everything that a run may remember beside the adapter: `expected` are the files that a checkpoint then has more of.
+REMEMBERING = {
+    "value function, buffer, adapted weight, moved reference": (
+        {
+            "train_adv_type": "value",
+            "value_batch_size": 8,
+            "value_num_updates": 2,
+            "value_warmup_epochs": 1,
+            "train_objective": "kl_mask",
+            "train_buffer_rounds": 3,
+            "kl_weight": 0.1,
+            "target_kl": 1e-3,
+            "reference_update_epochs": 2,
+        },
+        {"value_function.pt", "buffer-0.safetensors", "reference.safetensors"},
+    ),
+    "statistics of prompts, charges of the buffer": (
+        {
+            "per_prompt_stat_tracking": True,
+            "per_prompt_stat_tracking_buffer_size": 8,
+            "per_prompt_stat_tracking_min_count": 2,
+            "kl_gradient": "exact",
+            "train_buffer_rounds": 2,
+            "kl_warmup_epochs": 1,
+        },
+        {"buffer-0.safetensors"},
+    ),
+    "critic on features, curated groups": (
+        {
+            "train_adv_type": "value",
+            "value_input": "features",
+            "value_batch_size": 8,
+            "train_buffer_rounds": 2,
+            "sample_num_images_per_prompt": 4,
+            "train_keep_best": 1,
+            "train_keep_worst": 1,
+        },
+        {"value_function.pt", "buffer-0.safetensors"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_whatever_a_run_remembers_is_resumed_bit_for_bit(name, make_trainer, metrics, tmp_path):
+    settings, expected = REMEMBERING[name]
+    plain = {key: value for key, value in FULL.items() if not key.startswith("per_prompt_")}
+
+    def trainer(folder):
+        return make_trainer(prompts=PROMPT_KINDS["list"], output_dir=str(tmp_path / folder), **{**plain, **settings})
+
+    whole = trainer("whole")
+    whole.train()
+    for epochs in (1, 2, EPOCHS):  # through the warm-up, and with the buffer half full
+        torch.manual_seed(99)
+        trainer("parts").train(epochs=epochs, resume_from_checkpoint=epochs > 1)
+    last = max((tmp_path / "whole").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])).name
+    one, two = tmp_path / "whole" / last, tmp_path / "parts" / last
+    assert expected <= {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    for file in one.glob("*.safetensors"):
+        first, second = load_file(file), load_file(two / file.name)
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first), file
+    for file in ("optimizer.bin", *(["value_function.pt"] if "value_function.pt" in expected else [])):
+        first, second = (flatten(torch.load(folder / file, weights_only=True)) for folder in (one, two))
+        for key, value in first.items():
+            assert torch.equal(value, second[key]) if isinstance(value, torch.Tensor) else value == second[key], key
+    first, second = (json.loads((folder / "trainer_state.json").read_text()) for folder in (one, two))
+    assert all(first[key] == second[key] for key in ("epoch", "prompts", "stat_tracker", "kl_weight"))
+    lines = [[timeless(line) for line in metrics(folder.parent)] for folder in (one, two)]
+    assert lines[0] == lines[1]
+    if "target_kl" in settings:
+        assert first["kl_weight"] != settings["kl_weight"]
+
+
+def test_a_checkpoint_without_a_value_function_is_told(saved, make_trainer):
+    trainer = make_trainer(sample_num_steps=2, train_adv_type="value", value_batch_size=4)
+    with pytest.raises(ValueError, match="holds no value function: it was written with train_adv_type = 'batch'"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_value_function_of_another_size_is_told(make_trainer):
+    settings = {"train_adv_type": "value", "value_batch_size": 4}
+    make_trainer(save_freq=1, sample_num_steps=2, **settings).train()
+    trainer = make_trainer(num_epochs=2, sample_num_steps=3, **settings)
+    with pytest.raises(ValueError, match=r"2 denoising steps, and is given \d+ inputs and 3"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 

@@ -114,6 +114,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(ranks):
     assert zero["interrupted"][3] != one["interrupted"][3]  # each process has a random state of its own
 
 
+@pytest.mark.parametrize("name", ["value", "statistics"])
+def test_whatever_a_run_remembers_is_resumed_bit_for_bit(ranks, name):
+    (zero, one), _ = ranks
+    for out in (zero, one):
+        whole, parts = out[f"{name} whole"], out[f"{name} parts"]
+        assert same(whole, parts)
+        assert len(whole["buffer"]) == 2 * 4  # two rounds of four training batches
+    first, second = zero[f"{name} whole"], one[f"{name} whole"]
+    assert same(first["adapter"], second["adapter"]) and same(first["remembered"], second["remembered"])
+    assert not same(first["buffer"], second["buffer"])  # each process has its own samples
+    value, kl_weight, statistics = first["remembered"]
+    assert (value is None) == (name == "statistics") and (statistics is None) == (name == "value")
+    assert name == "statistics" or kl_weight != 0.1
+
+
 def test_a_reward_that_fails_in_one_process_stops_both(ranks):
     (zero, one), _ = ranks
     message = "the reward function fails_on_1 raised ConnectionError: no route to host"

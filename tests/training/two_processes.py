@@ -133,6 +133,35 @@ def interrupted_run(out):
         out[name] = adapter(trainer), optimizer, trainer.stat_tracker.state_dict(), random.random()
 
 
+# Everything that a run may remember beside adapter, optimizer and prompts.
+REMEMBERING = {
+    "value": {
+        "per_prompt_stat_tracking": False,
+        "train_adv_type": "value",
+        "value_batch_size": 8,
+        "train_objective": "kl_mask",
+        "train_buffer_rounds": 2,
+        "kl_weight": 0.1,
+        "target_kl": 1e-3,
+        "reference_update_epochs": 2,
+    },
+    "statistics": {"kl_gradient": "exact", "train_buffer_rounds": 2},
+}
+
+
+def remembering_runs(out):
+    """Two epochs, then a new trainer for the third; against three epochs of one trainer."""
+    for name, settings in REMEMBERING.items():
+        for kind, parts in (("whole", [3]), ("parts", [2, 3])):
+            for epochs in parts:
+                trainer = make(f"{name} {kind}", train_num_inner_epochs=1, **settings)
+                trainer.train(epochs=epochs, resume_from_checkpoint=epochs == 3 and parts != [3])
+            value = None if trainer.critic is None else trainer.critic.function.state_dict()
+            remembered = value, trainer.kl_weight, trainer.stat_tracker and trainer.stat_tracker.state_dict()
+            buffer = [(batch.trajectory.latents, batch.advantages, batch.charges) for batch in trainer.buffer.training]
+            out[f"{name} {kind}"] = {"adapter": adapter(trainer), "remembered": remembered, "buffer": buffer}
+
+
 def failing_reward(out):
     """Rewards or prompts fail in process 1 only; both must hear of it, and both can go on."""
 
@@ -220,6 +249,7 @@ def main():
     out = {"settings": RUN, "prompts": PROMPTS}
     whole_run(out)
     interrupted_run(out)
+    remembering_runs(out)
     failing_reward(out)
     masked_rewards(out)
     other_networks(out)

@@ -161,7 +161,7 @@ class Checkpoints:
         if (folder / REFERENCE_FILE).exists():
             tuned.move_reference(load_file(folder / REFERENCE_FILE))
         if self.trainer.critic is not None:
-            state = torch.load(folder / VALUE_FILE, map_location=self.trainer.accelerator.device, weights_only=True)
+            state = torch.load(folder / VALUE_FILE, map_location="cpu", weights_only=True)
             self.trainer.critic.function.load_state_dict(state)
         models.clear()
 

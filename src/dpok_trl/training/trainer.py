@@ -511,7 +511,8 @@ class DPOKTrainer(PublishingMixin):
                 reduction=config.train_log_prob_reduction,
                 largest=self._largest,
             )
-            self._ratio_checked = self._first_update = True
+            self._ratio_checked = True
+            self._first_update = not self.buffer.rounds  # rounds of a checkpoint are another policy's
         steps = cut[0].trajectory.steps
         if config.train_mixed_timesteps and steps not in self._mixes:  # a stochastic window moves
             self._mixes[steps] = self._can_mix(cut[0])
