@@ -72,14 +72,13 @@ def make_config(tmp_path):
 
 @pytest.fixture
 def make_trainer(make_config):
-    """`make_trainer(**config)`: the arguments of the trainer itself are reward, prompts, pipe, hook, peft_config and pipeline_hooks."""
+    """`make_trainer(**config)`: the arguments of the trainer itself are reward, prompts, pipe, hook and those in `own`."""
 
-    def make(
-        reward=red, prompts=PROMPTS, pipe=None, hook=None, peft_config=None, pipeline_hooks=None, **kwargs
-    ) -> DPOKTrainer:
+    def make(reward=red, prompts=PROMPTS, pipe=None, hook=None, **kwargs) -> DPOKTrainer:
         _forget()  # a test may make several trainers, of different precision
         pipe = stable_diffusion() if pipe is None else pipe
-        own = {"peft_config": peft_config, "pipeline_hooks": pipeline_hooks}
+        names = ("peft_config", "pipeline_hooks", "eval_prompts", "eval_reward_function")
+        own = {name: kwargs.pop(name) for name in names if name in kwargs}
         return DPOKTrainer(make_config(**kwargs), reward, prompts, pipe, hook, **own)
 
     return make
