@@ -320,5 +320,6 @@ def test_explained_variance():
     assert explained_variance(-rewards, rewards) == pytest.approx(-3.0)
     assert explained_variance(torch.tensor([1.0, 2.0, 3.0, 4.0]), rewards) == pytest.approx(1 - 0.75 / 3.5)
     assert math.isnan(explained_variance(rewards, torch.full((4,), 0.1)))
+    assert math.isnan(explained_variance(rewards[:0], rewards[:0]))
     with pytest.raises(ValueError, match=r"\(4,\) and \(3,\)"):
         explained_variance(rewards, rewards[:3])

@@ -265,7 +265,7 @@ def explained_variance(values: Tensor, rewards: Tensor) -> float:
         values, rewards (`torch.Tensor` of shape `(n,)`)
 
     Returns:
-        `float`: NaN where all rewards are equal, since nothing is there to be explained.
+        `float`: NaN where all rewards are equal, or there is none: nothing is there to be explained.
 
     Raises:
         ValueError: If the shapes differ.
@@ -274,7 +274,7 @@ def explained_variance(values: Tensor, rewards: Tensor) -> float:
         raise ValueError(
             f"values and rewards must have one shape (n,), but have {tuple(values.shape)} and {tuple(rewards.shape)}"
         )
-    if (rewards == rewards[0]).all():
+    if (rewards == rewards[:1]).all():
         return math.nan
     values, rewards = values.detach().cpu().double(), rewards.detach().cpu().double()
     return 1.0 - (rewards - values).var(correction=0).item() / rewards.var(correction=0).item()
