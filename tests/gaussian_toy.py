@@ -55,10 +55,15 @@ class GaussianPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
 
+    def encode_prompt(self, prompt: list[str]) -> torch.Tensor:
+        """What a value function sees of a prompt; the denoiser has no use for it."""
+        return torch.ones(len(prompt), 1)
+
     @torch.no_grad()
     def __call__(self, prompt, generator=None, num_inference_steps=STEPS, output_type="pt", return_dict=True):
         shape = (len(prompt), 1, 1, self.unet.config.coordinates)
         latents = randn_tensor(shape, generator=generator, device=self._execution_device)
+        self.encode_prompt(prompt)
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.scheduler.timesteps:
             noise = self.unet(latents, t)
@@ -208,8 +213,8 @@ class Chain:
     ) -> torch.Tensor:
         """What each path, drawn with `theta`, says of the gradient of `J`: `(samples, 2, S, D)`, by REINFORCE and the KL of each step.
 
-        `baseline`: of the reward, `(S, samples)` or a number. Of `"reward"` this is one of several unbiased estimators: each action is charged with its own log-ratio and
-        with the exact KL of the later steps.
+        `baseline`: of the reward, `(S, samples)` or a number. Of `"reward"` this is one of several unbiased estimators: each action is charged with its own
+        log-ratio and with the exact KL of the later steps. A charge counts against the mean charge of the other paths at that step.
         """
         _, gain, s = (column[:, None, None] for column in self.steps())
         scale, offset = (table[:, None] for table in self.affine(theta))
@@ -221,6 +226,7 @@ class Chain:
         later = kl.flip(0).cumsum(0).flip(0) - kl
         log_ratio = (moved * noise).sum(-1) + kl
         charge = {"paper": 0.0 * kl, "exact": later, "reward": later + log_ratio}[kl_gradient]
+        charge = (charge - charge.mean(1, keepdim=True)) * (len(path[0]) / (len(path[0]) - 1))
         credit = self.reward_weight * (self.reward(path[-1]) - baseline) - self.kl_weight * charge
         to_output = credit[..., None] * noise * gain / s
         if kl_gradient != "reward":
