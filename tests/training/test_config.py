@@ -145,6 +145,7 @@ FLAGS = {
     "sample_weight_column": "weight",
     "sample_category_column": "category",
     "reward_weights": "1.0 0.25",
+    "reward_weight": "10.0",
     "reward_aggregation": "normalize_then_sum",
     "reward_on_error": "raise",
     "reward_offload": "True",
@@ -154,7 +155,10 @@ FLAGS = {
     "per_prompt_stat_tracking_buffer_size": "32",
     "per_prompt_stat_tracking_min_count": "8",
     "train_adv_type": "group",
-    "train_adv_clip_max": "10.0",
+    "train_adv_scale": "False",
+    "train_adv_clip_max": "inf",
+    "train_keep_best": "1",
+    "train_keep_worst": "1",
     "train_batch_size": "2",
     "train_use_8bit_adam": "False",
     "train_learning_rate": "1e-4",
@@ -171,6 +175,8 @@ FLAGS = {
     "train_cfg": "True",
     "train_objective": "ppo",
     "train_clip_range": "1e-3",
+    "train_kl_threshold": "1e-4",
+    "train_buffer_rounds": "2",
     "train_log_prob_reduction": "sum",
     "train_timestep_fraction": "0.5",
     "train_mixed_timesteps": "True",
@@ -182,6 +188,25 @@ FLAGS = {
     "train_lora_alpha": "16",
     "kl_weight": "0.1",
     "kl_type": "noise",
+    "kl_gradient": "exact",
+    "kl_warmup_epochs": "5",
+    "target_kl": "12.0",
+    "reference_update_epochs": "20",
+    "value_input": "latents",
+    "value_learning_rate": "1e-4",
+    "value_batch_size": "64",
+    "value_num_updates": "1",
+    "value_gradient_accumulation_steps": "5",
+    "value_scale_targets": "False",
+    "value_warmup_epochs": "3",
+    "eval_freq": "10",
+    "eval_num_images_per_prompt": "8",
+    "eval_batch_size": "16",
+    "eval_num_steps": "20",
+    "eval_freq": "10",
+    "eval_num_images_per_prompt": "8",
+    "eval_batch_size": "16",
+    "eval_num_steps": "20",
     "log_gradient_cosine_freq": "5",
     "push_to_hub": "True",
     "hub_model_id": "me/rabbit-lora",
@@ -200,6 +225,14 @@ WITH = {
     "sample_num_images_per_prompt": {"sample_batch_size": "4"},
     "train_batch_size": {"sample_batch_size": "4"},
     "push_to_hub": {"hub_model_id": "me/rabbit-lora"},
+    "train_keep_best": {"sample_num_images_per_prompt": "2", "sample_batch_size": "2"},
+    "train_keep_worst": {"sample_num_images_per_prompt": "2", "sample_batch_size": "2"},
+    "train_kl_threshold": {"train_objective": "kl_mask"},
+    **{
+        field.name: {"train_adv_type": "value", "value_batch_size": "64"}
+        for field in dataclasses.fields(DPOKConfig)
+        if field.name.startswith("value_")
+    },
 }
 
 
@@ -415,6 +448,89 @@ ERRORS = {
         {"reward_aggregation": "normalize_then_sum"},
         "reward_aggregation = 'normalize_then_sum' compares images of the same prompt and needs sample_num_images_per_prompt of at least 2; given: 1.",
     ),
+    "a clip of nothing": (
+        {"train_objective": "kl_mask", "train_clip_range": 1e-3},
+        "train_clip_range = 0.001 would do nothing: train_objective = 'kl_mask' has no clip. Change the latter, or leave the former out.",
+    ),
+    "a clip of REINFORCE": (
+        {"train_objective": "reinforce", "train_clip_range": 1e-3},
+        "train_clip_range = 0.001 would do nothing: train_objective = 'reinforce' has no clip.",
+    ),
+    "a threshold of nothing": (
+        {"train_kl_threshold": 1e-3},
+        "train_kl_threshold = 0.001 would do nothing: train_objective = 'dpok' has no such threshold.",
+    ),
+    "old samples without a ratio": (
+        {"train_objective": "reinforce", "train_buffer_rounds": 2},
+        "train_buffer_rounds = 2 uses samples again after the policy has moved, and train_objective = 'reinforce' has no ratio that corrects for it.",
+    ),
+    "samples twice without a ratio": (
+        {"train_objective": "reinforce", "train_num_inner_epochs": 3},
+        "train_num_inner_epochs = 3 uses samples again after the policy has moved",
+    ),
+    "settings of a KL that is off": (
+        {"kl_weight": 0.0, "kl_gradient": "exact", "kl_warmup_epochs": 3},
+        "kl_gradient = 'exact', kl_warmup_epochs = 3 would do nothing: kl_weight = 0 turns the KL term off.",
+    ),
+    "a target of no KL": ({"kl_weight": 0.0, "target_kl": 5.0}, "target_kl = 5.0 would do nothing: kl_weight = 0 turns the KL term off."),
+    "a target of another unit": (
+        {"kl_type": "noise", "target_kl": 5.0},
+        "target_kl = 5.0 would do nothing: kl_type = 'noise' is no KL in nats; take 'gaussian'.",
+    ),
+    "an exact gradient of no KL": ({"kl_type": "noise", "kl_gradient": "exact"}, "kl_gradient = 'exact' would do nothing: kl_type = 'noise'"),
+    "a target and a warm-up": (
+        {"target_kl": 5.0, "kl_warmup_epochs": 3},
+        "target_kl = 5.0 adapts kl_weight from the first epoch on, and kl_warmup_epochs = 3 holds it at 0 that long. Choose one.",
+    ),
+    "a warm-up that never ends": (
+        {"kl_warmup_epochs": 10, "num_epochs": 10},
+        "kl_warmup_epochs = 10 with num_epochs = 10: the KL term would never be switched on. Set kl_weight = 0 if that is what you want, or "
+        "kl_warmup_epochs below 10.",
+    ),
+    "a target of zero": ({"target_kl": 0.0}, "target_kl = 0.0, but it must be positive and finite, or None"),
+    "charges to a reference that goes": (
+        {"kl_gradient": "exact", "train_buffer_rounds": 2, "reference_update_epochs": 5},
+        "kl_gradient = 'exact' charges the actions of older rounds (train_buffer_rounds = 2) with the KL to a reference that reference_update_epochs = 5 replaces.",
+    ),
+    "a reference that never stays": ({"reference_update_epochs": 0}, "reference_update_epochs = 0, but it must be at least 1, or None for"),
+    "leave one out of one": (
+        {"train_adv_type": "leave_one_out"},
+        "train_adv_type = 'leave_one_out' compares images of the same prompt and needs sample_num_images_per_prompt of at least 2; given: 1.",
+    ),
+    "settings of no value function": (
+        {"value_batch_size": 64, "value_warmup_epochs": 2},
+        "value_batch_size = 64, value_warmup_epochs = 2 would do nothing: train_adv_type = 'batch' has no value function.",
+    ),
+    "a value function that waits for ever": (
+        {"train_adv_type": "value", "value_batch_size": 64, "value_warmup_epochs": 10, "num_epochs": 10},
+        "value_warmup_epochs = 10 with num_epochs = 10: the policy would never be updated.",
+    ),
+    "a buffer smaller than a batch": (
+        {"train_adv_type": "value", "sample_num_steps": 50, "sample_batch_size": 5, "sample_num_batches_per_epoch": 1},
+        "value_batch_size = 256 transitions, but 1 round(s) of 5 images in 50 steps leave at most 250 in a process.",
+    ),
+    "an embedding that is trained": (
+        {"train_adv_type": "value", "value_batch_size": 64, "value_input": "latents", "train_text_encoder": True},
+        "value_input = 'latents' gives V the prompt's embedding, which changes while train_text_encoder = True trains it.",
+    ),
+    "features of a compiled network": (
+        {"train_adv_type": "value", "value_batch_size": 64, "value_input": "features", "torch_compile": True},
+        "value_input = 'features' listens to the middle of the denoiser, which torch_compile = True compiles away. Take value_input = 'latents'.",
+    ),
+    "a curated group that is larger than the group": (
+        {"sample_num_images_per_prompt": 4, "sample_batch_size": 4, "train_keep_best": 3, "train_keep_worst": 2},
+        "train_keep_best = 3 and train_keep_worst = 2 are 5 images of the 4 of a group (sample_num_images_per_prompt). Together they must be between 1 and 4.",
+    ),
+    "nothing of a group": ({"train_keep_best": 0}, "are 0 images of the 1 of a group"),
+    "curated batches that do not divide": (
+        {"sample_num_images_per_prompt": 4, "sample_batch_size": 8, "train_keep_best": 1, "train_keep_worst": 1, "train_batch_size": 3},
+        "what train_keep_best and train_keep_worst keep of a sampling batch = 4 is not a multiple of train_batch_size = 3. The nearest that are: 3 or 6.",
+    ),
+    "a buffer of pictures": (
+        {"train_buffer_rounds": 2, "sample_call_columns": ["image"]},
+        "train_buffer_rounds = 2 keeps samples for later rounds and in checkpoints, which cannot hold what sample_call_columns = ['image'] hands to the",
+    ),
+    "no limit but below zero": ({"train_adv_clip_max": -1.0}, "train_adv_clip_max = -1.0, but it must be positive; inf clips nothing."),
     "broken JSON": ({"sample_call_kwargs": "{height: 512}"}, "sample_call_kwargs = '{height: 512}' is not JSON"),
     "JSON of another kind": ({"tracker_kwargs": "[1]"}, "tracker_kwargs must be a dict, given: [1]"),
 }  # fmt: skip

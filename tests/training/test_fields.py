@@ -691,6 +691,44 @@ def _kl_weight(run, monkeypatch):
     assert len(calls_of(run, kl_weight=0.5).rows_where(grad=False, reference=True)) == 2
 
 
+@case("eval_freq", "eval_num_images_per_prompt", "eval_batch_size", "eval_num_steps")
+def _evaluation(run, monkeypatch):
+    def evaluated(**kwargs):
+        """Epochs of the evaluations, and the rows and the number of calls of the denoiser in the images of one."""
+        trainer = run.train(eval_prompts=["a cat", "two dogs"], num_epochs=2, sample_guidance_scale=1.0, **kwargs)
+        epochs = [line["epoch"] for line in run.get("lines")(trainer, "eval/prompts/kl")]
+        calls = run.get("watch")(trainer.pipeline.unet)
+        trainer.evaluate()
+        return epochs, calls.rows
+
+    # two prompts of four images in batches of two and two steps: as images, and twice in the replays of the KL
+    assert evaluated(eval_freq=0) == ([], [2] * 4 * 2 * (1 + 2 + 1))
+    assert evaluated(eval_freq=1) == ([0, 1], [2] * 4 * 2 * (1 + 2))  # the pretrained images are there
+    assert evaluated(eval_freq=2) == ([1], [2] * 4 * 2 * (1 + 2))
+    assert evaluated(eval_freq=2, eval_num_images_per_prompt=2) == ([1], [2] * 2 * 2 * (1 + 2))
+    assert evaluated(eval_freq=2, eval_batch_size=8) == ([1], [8] * 1 * 2 * (1 + 2))
+    assert evaluated(eval_freq=2, eval_num_steps=3) == ([1], [2] * 4 * 3 * (1 + 2))
+
+
+@case("eval_freq", "eval_num_images_per_prompt", "eval_batch_size", "eval_num_steps")
+def _evaluation(run, monkeypatch):
+    def evaluated(**kwargs):
+        """Epochs of the evaluations, and the rows and the number of calls of the denoiser in the images of one."""
+        trainer = run.train(eval_prompts=["a cat", "two dogs"], num_epochs=2, sample_guidance_scale=1.0, **kwargs)
+        epochs = [line["epoch"] for line in run.get("lines")(trainer, "eval/prompts/kl")]
+        calls = run.get("watch")(trainer.pipeline.unet)
+        trainer.evaluate()
+        return epochs, calls.rows
+
+    # two prompts of four images in batches of two and two steps: as images, and twice in the replays of the KL
+    assert evaluated(eval_freq=0) == ([], [2] * 4 * 2 * (1 + 2 + 1))
+    assert evaluated(eval_freq=1) == ([0, 1], [2] * 4 * 2 * (1 + 2))  # the pretrained images are there
+    assert evaluated(eval_freq=2) == ([1], [2] * 4 * 2 * (1 + 2))
+    assert evaluated(eval_freq=2, eval_num_images_per_prompt=2) == ([1], [2] * 2 * 2 * (1 + 2))
+    assert evaluated(eval_freq=2, eval_batch_size=8) == ([1], [8] * 1 * 2 * (1 + 2))
+    assert evaluated(eval_freq=2, eval_num_steps=3) == ([1], [2] * 4 * 3 * (1 + 2))
+
+
 @case("log_gradient_cosine_freq")
 def _gradient_cosine(run, monkeypatch):
     def trained(**kwargs):
