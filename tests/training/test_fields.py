@@ -6,9 +6,11 @@ import threading
 import types
 
 import accelerate
+import field_cases_of_the_update  # noqa: F401 (registers its cases)
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
+from field_cases import CASES, case
 from PIL import Image
 from tiny import stable_diffusion, stable_diffusion_3
 
@@ -16,17 +18,6 @@ from dpok_trl import DPOKConfig, RewardError
 from dpok_trl.policy.lora import adapter_layers
 from dpok_trl.training import publishing, setup
 from dpok_trl.training.batches import TrainingBatch
-
-
-CASES = {}
-
-
-def case(*names):
-    def register(function):
-        CASES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ class Checkpoints:
             )
         if checkpoint.parent.resolve() != self.folder.resolve():
             self.refuse_other_run()
-        for name, default in (("train_use_lora", True), ("train_text_encoder", False), ("value_input", "latents")):
+        for name, default in (("train_use_lora", True), ("train_text_encoder", False), ("value_input", "features")):
             saved, now = state["config"].get(name, default), getattr(trainer.config, name)
             if saved != now:
                 raise ValueError(

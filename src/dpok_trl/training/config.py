@@ -412,17 +412,17 @@ class DPOKConfig:
 
     # --- the value function, for `train_adv_type = value`
     value_input: str = field(
-        default="latents",
+        default="features",
         metadata={
             "help": "What V sees. latents: x_t and the prompt's embedding, as in the paper; features: what the middle of the denoiser makes of them.",
             "choices": ["latents", "features"],
         },
     )
-    value_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of its own AdamW."})
+    value_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of its own AdamW."})
     value_batch_size: int = field(
         default=256, metadata={"help": "Transitions in a batch of its regression, per process."}
     )
-    value_num_updates: int = field(default=5, metadata={"help": "Its optimizer steps after each round of sampling."})
+    value_num_updates: int = field(default=20, metadata={"help": "Its optimizer steps after each round of sampling."})
     value_gradient_accumulation_steps: int = field(
         default=1, metadata={"help": "Batches of one of its optimizer steps."}
     )

@@ -226,6 +226,10 @@ def _check_value(config: DPOKConfig) -> None:
         raise ValueError(
             "value_input = 'latents' gives V the prompt's embedding, which changes while train_text_encoder = True trains it. Take value_input = 'features'."
         )
+    if config.value_input == "features" and config.torch_compile:
+        raise ValueError(
+            "value_input = 'features' listens to the middle of the denoiser, which torch_compile = True compiles away. Take value_input = 'latents'."
+        )
     per_round = config.sample_batch_size * config.sample_num_batches_per_epoch
     steps = config.sample_sde_window_size or config.sample_num_steps
     most = per_round * steps * config.train_buffer_rounds

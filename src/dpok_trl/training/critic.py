@@ -55,7 +55,7 @@ class Critic:
         Returns:
             `dict[str, float]`: `value/loss`.
         """
-        config = self.config
+        config, device = self.config, self.accelerator.device
         random = np.random.default_rng([config.seed, epoch, self.accelerator.process_index])
         transitions = [
             (batch, row, step)
@@ -65,13 +65,27 @@ class Critic:
         ]
 
         def draw(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            # fewer than wanted only where rewards have failed
-            chosen = random.choice(len(transitions), count, replace=count > len(transitions))
-            picked = [transitions[index] for index in chosen]
-            inputs = [value_inputs(batch.trajectory, [row], [step]) for batch, row, step in picked]
-            steps = torch.tensor([step for _, _, step in picked], device=self.accelerator.device)
-            rewards = torch.stack([batch.rewards[row] for batch, row, _ in picked]).to(self.accelerator.device)
-            return torch.cat(inputs), steps, rewards
+            # With replacement only where rewards have failed and fewer are left than wanted.
+            chosen = random.choice(len(transitions), count, replace=count > len(transitions)) if transitions else []
+            drawn: dict[int, list[tuple[int, int]]] = {}
+            for index in chosen:
+                batch, row, step = transitions[index]
+                drawn.setdefault(id(batch), []).append((row, step))
+            inputs, steps, rewards = [], [], []
+            for batch in batches:
+                if pairs := drawn.get(id(batch)):
+                    rows, steps_of_batch = zip(*pairs, strict=True)
+                    inputs.append(value_inputs(batch.trajectory, rows, steps_of_batch))
+                    steps.extend(steps_of_batch)
+                    rewards.append(batch.rewards[list(rows)])
+            if (
+                not transitions
+            ):  # all rewards of this process have failed; the others wait for its gradient, which is to be 0
+                trajectory = batches[0].trajectory
+                seen = value_inputs(trajectory, [0], [trajectory.steps[0]])
+                at = torch.tensor([trajectory.steps[0]], device=device)
+                return seen, at, self.function.predict(seen, at)
+            return torch.cat(inputs), torch.tensor(steps, device=device), torch.cat(rewards).to(device)
 
         loss = self.function.fit(
             draw,
