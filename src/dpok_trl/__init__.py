@@ -29,6 +29,9 @@ _MODULE_OF = {
     "PipelineReport": "dpok_trl.policy.check",
     "check_pipeline": "dpok_trl.policy.check",
     "Gaussian": "dpok_trl.core.gaussian",
+    "evaluate": "dpok_trl.results.evaluation",
+    "Evaluation": "dpok_trl.results.evaluation",
+    "Comparison": "dpok_trl.results.evaluation",
     "load_prompts": "dpok_trl.prompts.datasets",
     "RewardError": "dpok_trl.rewards.base",
     "RewardReport": "dpok_trl.rewards.checking",
@@ -66,6 +69,9 @@ __all__ = [
     "PipelineReport",
     "check_pipeline",
     "Gaussian",
+    "evaluate",
+    "Evaluation",
+    "Comparison",
     "load_prompts",
     "RewardReport",
     "check_reward",
@@ -102,6 +108,7 @@ if TYPE_CHECKING:
     from dpok_trl.policy.policy import Policy
     from dpok_trl.policy.schedulers import DPOKSchedulerOutput, UnsupportedSchedulerError, scheduler_step
     from dpok_trl.prompts.datasets import load_prompts
+    from dpok_trl.results.evaluation import Comparison, Evaluation, evaluate
     from dpok_trl.rewards.aesthetic import Aesthetic
     from dpok_trl.rewards.base import RewardError
     from dpok_trl.rewards.checking import RewardReport, check_reward

@@ -18,6 +18,7 @@ from dpok_trl import __version__
 COMMANDS = {
     "demo": "dpok_trl.demo.command",
     "check": "dpok_trl.commands.check",
+    "evaluate": "dpok_trl.commands.evaluate",
     "rewards": "dpok_trl.commands.rewards",
     "serve-reward": "dpok_trl.commands.serve_reward",
 }

@@ -38,7 +38,7 @@ class PromptSet:
         Raises:
             `ValueError`: If some have one and others do not.
         """
-        has = [isinstance(entry, dict) and column in entry for entry in self.metadata]
+        has = [isinstance(entry, dict) and entry.get(column) is not None for entry in self.metadata]
         if column is None or not any(has):
             return None
         if not all(has):

@@ -1,0 +1,248 @@
+"""`dpok-trl evaluate`: what a run has made of its model, on prompts and by rewards that it was trained on, and on others."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from dpok_trl.policy.policy import Policy
+    from dpok_trl.policy.tuning import Tuned
+
+
+HELP = "compare a tuned model with the one it was made from: same prompts, same seeds"
+
+DEMO = "demo"
+SETS = {"prompts": "training", "held_out": "held-out", "paraphrased": "paraphrased"}  # option -> name of the set
+PROMPTS = "prompts, files of them (txt, csv, json ...), or names of shipped lists"
+CONFIG_FILE, STATE_FILE = "dpok_config.json", "trainer_state.json"  # beside a saved model, and in a checkpoint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", help="folder that `save_model` or a run left (a checkpoint, or a run with checkpoints), or its Hub id"
+    )
+    parser.add_argument(
+        "--base",
+        required=True,
+        help=f"the pretrained pipeline: Hub id, folder, or '{DEMO}' for the one that is shipped",
+    )
+    parser.add_argument("--prompts", nargs="+", metavar="PROMPT", help=f"those that were trained on: {PROMPTS}")
+    parser.add_argument("--held-out", nargs="+", metavar="PROMPT", help="others, likewise")
+    parser.add_argument("--paraphrased", nargs="+", metavar="PROMPT", help="the same in other words, likewise")
+    parser.add_argument(
+        "--reward",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="what was trained on: name of a shipped reward, module:function, or an address",
+    )
+    parser.add_argument("--held-out-reward", nargs="+", default=[], metavar="NAME", help="others, likewise")
+    parser.add_argument("--images", type=int, default=4, help="images of each prompt")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image of a set; the others count on")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: as in training)")
+    parser.add_argument("--guidance-scale", type=float, help="of the call (default: as in training)")
+    parser.add_argument("--batch-size", type=int, default=4, help="images drawn at a time")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the base (default: diffusers' own)")
+    parser.add_argument("--device", help="such as cuda:1 (default: cuda where there is one, else cpu)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("dpok-evaluation"), help="folder for tables, numbers and pictures"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from dpok_trl.demo.command import only_errors
+
+    with only_errors():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    import torch
+
+    from dpok_trl.results.evaluation import evaluate
+    from dpok_trl.results.prompt_sets import read_prompt_sets, refuse_training_prompts
+
+    # what needs no model first: to load one may take minutes
+    sets = prompt_sets(args)
+    refuse_training_prompts(read_prompt_sets(sets), [prompt for prompt, _ in sets.get(SETS["prompts"], [])])
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rewards, held_out = (load_rewards(names, device) for names in (args.reward, args.held_out_reward))
+    if not rewards and not held_out:
+        from dpok_trl.rewards.registry import SHIPPED
+
+        raise ValueError(
+            f"no reward was given: give one or more with --reward (trained on) or --held-out-reward. There are: {', '.join(SHIPPED)}; 'module:function' and "
+            "'http://...' work too."
+        )
+    folder = find_weights(args.model)
+    print(f"Loading {args.base} and {folder} ...", flush=True)
+    policy = load_policy(args, folder, device)
+    count = sum(map(len, sets.values())) * args.images
+    print(f"Drawing {count} images of each of the two models on {device} ...", flush=True)
+    evaluation = evaluate(
+        policy,
+        sets,
+        rewards or None,
+        held_out_rewards=held_out or None,
+        images_per_prompt=args.images,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        category_column="category",
+    )
+    print(f"\n{evaluation.table()}\n\nSaved to {evaluation.save(args.output)}.")
+    return 0
+
+
+# --- what to evaluate on ----------------------------------------------------------------------------------------------
+
+
+def prompt_sets(args: argparse.Namespace) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """The sets that were given, as (prompt, metadata) pairs.
+
+    Raises:
+        `ValueError` or `FileNotFoundError`: Without any, and for a file that cannot be read.
+    """
+    given = {name: getattr(args, option) for option, name in SETS.items() if getattr(args, option)}
+    if not given:
+        raise ValueError(
+            "no prompts were given: give those that were trained on with --prompts, and others with --held-out or --paraphrased."
+        )
+    return {name: [pair for item in items for pair in read_prompts(item)] for name, items in given.items()}
+
+
+def read_prompts(item: str) -> list[tuple[str, dict[str, Any]]]:
+    """What one argument stands for: a prompt, a file of prompts, or a shipped list."""
+    from dpok_trl.prompts import load_prompts
+    from dpok_trl.prompts.datasets import shipped_lists
+
+    path = Path(item).expanduser()
+    if path.is_file() or item in shipped_lists():
+        rows = load_prompts(str(path) if path.is_file() else item)
+        return [(row["prompt"], {name: value for name, value in row.items() if name != "prompt"}) for row in rows]
+    if path.suffix in (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet"):
+        raise FileNotFoundError(f"there is no file {item}.")
+    return [(item, {})]
+
+
+def load_rewards(names: list[str], device: torch.device) -> list[Callable[..., Any]]:
+    from dpok_trl.rewards.registry import load_on_device
+
+    return [load_on_device(name, None, default=str(device)) for name in names]
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def find_weights(model: str) -> Path:
+    """The folder with what was trained: the given one, or the newest whole checkpoint in it.
+
+    Raises:
+        `FileNotFoundError`: If there is none.
+    """
+    from dpok_trl.training.checkpoint import find_checkpoint
+
+    path = Path(model).expanduser()
+    if not path.exists():
+        if model.startswith((".", "~", "/")) or model.count("/") != 1:
+            raise FileNotFoundError(f"there is no folder {model}, and a Hub id has the form owner/name.")
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(model))
+    if path.is_file():
+        raise FileNotFoundError(f"{model} is a file. Give the folder that it is in.")
+    if any(path.glob("*.safetensors")) or (any(path.glob("*/*.safetensors")) and not any(path.glob("checkpoint-*"))):
+        return path
+    try:
+        return find_checkpoint(path)
+    except ValueError as error:
+        raise FileNotFoundError(f"{model} holds no weights (*.safetensors) and no whole checkpoint.") from error
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The config of the run that left a folder, flat; empty where it is not there."""
+    if (folder / CONFIG_FILE).is_file():
+        return json.loads((folder / CONFIG_FILE).read_text())
+    if (folder / STATE_FILE).is_file():
+        return json.loads((folder / STATE_FILE).read_text())["config"]
+    return {}
+
+
+def load_policy(args: argparse.Namespace, folder: Path, device: torch.device) -> Policy:
+    """The tuned policy, sampled as in its training but for what the options say."""
+    from dpok_trl.demo import demo_pipeline_path
+    from dpok_trl.policy.loading import load_pipeline
+    from dpok_trl.policy.policy import Policy
+
+    settings = saved_settings(folder)
+    pipe = load_pipeline(demo_pipeline_path() if args.base == DEMO else args.base, args.dtype)
+    pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    tuned = load_tuned(pipe, folder)
+    names = {"kind": "sample_transition", "eta": "sample_eta", "noise_level": "sample_noise_level"}
+    names |= {"min_std": "sample_min_std", "fp32_latents": "sample_fp32_latents"}
+    noise = {argument: settings[name] for argument, name in names.items() if name in settings}
+    return Policy(pipe, tuned, call_kwargs=call_arguments(args, pipe, settings), **noise)
+
+
+def call_arguments(args: argparse.Namespace, pipe: DiffusionPipeline, settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the pipeline's call: of the training, and over them those that were given."""
+    prefix = "sample_call_kwargs/"
+    arguments = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
+    given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    fields = {"num_inference_steps": "sample_num_steps", "guidance_scale": "sample_guidance_scale"}
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    for name, value in given.items():
+        value = settings.get(fields[name]) if value is None and name in accepted else value
+        if value is not None:
+            arguments[name] = value
+    if settings.get("negative_prompts"):
+        arguments["negative_prompt"] = settings["negative_prompts"]
+    return arguments
+
+
+def load_tuned(pipe: DiffusionPipeline, folder: Path) -> Tuned:
+    """Loads what `save_model` or a checkpoint holds: a LoRA file, adapters in peft's layout, or whole denoisers.
+
+    Raises:
+        `FileNotFoundError`: If the folder has none of them for this pipeline.
+    """
+    from peft import LoraConfig
+
+    from dpok_trl.policy.hooks import PipelineHooks
+    from dpok_trl.policy.lora import adapter_name, prepare_adapter
+    from dpok_trl.policy.lora_files import LORA_FILE, PEFT_FILE, load_lora, text_encoders_with_lora
+    from dpok_trl.policy.tuning import Tuned, tune
+
+    denoisers = PipelineHooks().denoisers(pipe)
+    if (folder / LORA_FILE).is_file():
+        pipe.load_lora_weights(str(folder), weight_name=LORA_FILE)
+        for name in denoisers:
+            file = LORA_FILE.replace(".", f"_{name}.")
+            if (folder / file).is_file():  # a second expert
+                pipe.load_lora_weights(str(folder), weight_name=file, **{f"load_into_{name}": True})
+        encoders = text_encoders_with_lora(pipe)
+        return Tuned(denoisers, {name: one for name, one in encoders.items() if adapter_name(one) is not None})
+    if all((folder / name / PEFT_FILE).is_file() for name in denoisers):
+        for name, module in denoisers.items():
+            prepare_adapter(module, LoraConfig.from_pretrained(str(folder / name)))
+        load_lora(pipe, denoisers, folder)
+        return Tuned(denoisers)
+    if all((folder / name / "config.json").is_file() for name in denoisers):
+        tuned = tune(pipe, denoisers, full=True)
+        tuned.load(pipe, folder)
+        return tuned
+    looked_for = ", ".join(
+        [LORA_FILE, *(f"{name}/{PEFT_FILE}" for name in denoisers), *(f"{name}/config.json" for name in denoisers)]
+    )
+    raise FileNotFoundError(
+        f"{folder} holds nothing that was trained of this {type(pipe).__name__}: looked for {looked_for}."
+    )
