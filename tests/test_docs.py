@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from tiny import stable_diffusion
 
 import dpok_trl
-from dpok_trl import DPOKConfig, DPOKTrainer
+from dpok_trl import DPOKConfig, DPOKSFTConfig, DPOKTrainer
 from dpok_trl.policy.schedulers import _NOT_MARKOV, _READERS, _WALKED_ON
 from dpok_trl.results.runlog import read_metrics
 
@@ -23,6 +23,23 @@ PAGES = sorted(DOCS.glob("*.md"))
 
 # What TRL v0.23's DDPOConfig does not have; tests/training/test_config.py holds the others to it.
 NEW_FIELDS = {
+    "reward_weight",
+    "train_adv_scale",
+    "train_keep_best",
+    "train_keep_worst",
+    "train_kl_threshold",
+    "train_buffer_rounds",
+    "kl_gradient",
+    "kl_warmup_epochs",
+    "target_kl",
+    "reference_update_epochs",
+    "value_input",
+    "value_learning_rate",
+    "value_batch_size",
+    "value_num_updates",
+    "value_gradient_accumulation_steps",
+    "value_scale_targets",
+    "value_warmup_epochs",
     "output_dir",
     "model_dtype",
     "torch_compile",
@@ -159,8 +176,10 @@ def test_type_default_and_origin_of_a_setting(field):
 
 
 def test_settings_named_anywhere_exist():
-    """A word in backticks that looks like a setting is one."""
-    names = {field.name for field in dataclasses.fields(DPOKConfig)}
+    """A word in backticks that looks like a setting is one, or a choice of one, or a metric."""
+    names = {field.name for field in dataclasses.fields(DPOKSFTConfig)}
+    names |= {choice for field in dataclasses.fields(DPOKSFTConfig) for choice in field.metadata.get("choices", ())}
+    names |= set(tables(text_of("metrics"), "metric")) | {"kl_o"}  # a metric of supervised training
     for page in PAGES:
         words = re.findall(r"`((?:sample|train|kl|hub|per_prompt)_\w+)(?==|`)", page.read_text(encoding="utf-8"))
         assert set(words) <= names, page.name
@@ -181,6 +200,31 @@ def test_the_unit_of_the_clip_range(page):
 
 def brightness(images, prompts, metadata):
     return images.mean(dim=(1, 2, 3))
+
+
+def test_the_metrics_of_settings_are_those_of_a_run(tmp_path):
+    config = DPOKConfig(
+        output_dir=str(tmp_path),
+        num_epochs=1,
+        save_freq=0,
+        sample_num_steps=2,
+        sample_guidance_scale=1.0,
+        sample_num_batches_per_epoch=1,
+        sample_batch_size=2,
+        train_batch_size=2,
+        train_objective="kl_mask",
+        train_adv_type="value",
+        value_batch_size=2,
+    )
+    DPOKTrainer(config, brightness, ["a cat"], stable_diffusion()).train()
+    lines = read_metrics(tmp_path)
+    written = {name for line in lines for name in line}
+    documented = tables(text_of("metrics"), "metric"), tables(text_of("metrics"), "metric of a setting")
+    assert written - {re.sub("<name>", "brightness", name) for name in documented[0]} == set(documented[1])
+    assert "policy/clip_fraction" not in written
+    # The lines that the page says they are in.
+    assert all("value/loss" in line and "kl_path" in line for line in lines if "time/update" in line)
+    assert all("value/explained_variance" in line for line in lines if "reward" in line)
 
 
 def test_the_documented_metrics_are_those_of_a_run(tmp_path):
