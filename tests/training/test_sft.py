@@ -4,7 +4,6 @@ import dataclasses
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, stable_diffusion, stable_diffusion_3, with_adapter
@@ -90,10 +89,6 @@ def test_the_loss_by_hand(arm, make_sft):
     item = first_item(trainer)
     loss, metrics = trainer.calculate_loss(item)
     tuned, pretrained = outputs(trainer, item)
-    rows = [
-        trainer.data.prompts.index(prompt) for prompt in item.trajectory.prompts
-    ]  # prompts may repeat; x_t says which image it is
-    assert len(rows) == 4
     errors = (item.target - tuned).square().mean((1, 2, 3))
     expected = (item.weights * errors).mean()
     if arm == "kl_o":
@@ -131,6 +126,23 @@ def test_each_image_has_its_own_prompt_noise_target_and_weight(mixed, make_sft):
     ]  # the last step too, and not the first
     noise = torch.stack([item.target for item in first + second])
     assert len(torch.unique(noise.flatten(0, 1), dim=0)) == 24  # no two share their noise
+
+
+def test_order_and_noise_follow_from_seed_epoch_pass_and_process(make_sft, monkeypatch):
+    trainer = make_sft()
+    trainer.data = trainer._draw(0, 0)
+
+    def noise(epoch, inner_epoch):
+        return torch.cat([item.target for update in trainer._updates(epoch, inner_epoch) for item in update])
+
+    draws = [noise(0, 0), noise(1, 0), noise(0, 1)]
+    assert torch.equal(noise(0, 0), draws[0])
+    monkeypatch.setattr(type(trainer.accelerator), "process_index", 1)
+    draws.append(noise(0, 0))
+    monkeypatch.setattr(trainer.config, "seed", 5)
+    draws.append(noise(0, 0))
+    drawn = torch.cat(draws)
+    assert len(torch.unique(drawn, dim=0)) == len(drawn) == 5 * 2 * 4 * 3
 
 
 def test_at_the_start_kl_o_is_zero_and_has_no_gradient_and_later_it_has(make_sft):
@@ -265,9 +277,11 @@ def test_filtered_sft_raises_alignment_on_the_demo(make_sft):
 
     def exact() -> float:
         images = trainer.policy.rollout(["a green triangle"] * 128, range(1000, 1128)).images
-        return float(np.mean(exact_reward(images, ["a green triangle"] * 128, None)[0]))
+        exacts, _ = exact_reward(images, ["a green triangle"] * 128, None)
+        return exacts.float().mean().item()
 
     before = exact()
     trainer.train()
-    # 36 optimizer steps; 0.58 -> 0.87 was measured on 256 images, with a standard error of 0.03 each; here 0.04
-    assert before < 0.7 and exact() > before + 0.15
+    # 36 optimizer steps: 0.54 -> 0.84 was measured, each with a standard error of 0.04
+    after = exact()
+    assert before < 0.7 and after > before + 0.15
