@@ -11,6 +11,7 @@ from peft import LoraConfig
 from tiny import FAMILIES, ddim, stable_diffusion, with_adapter
 
 from dpok_trl import RatioError
+from dpok_trl.core.gaussian import Gaussian
 from dpok_trl.training.batches import TrainingBatch
 
 
@@ -175,6 +176,47 @@ def test_the_loss_by_hand(objective, kl_type, reduction, make_trainer):
     torch.testing.assert_close(loss, -surrogate.mean() + 0.3 * kl, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(metrics["kl"], kl.detach(), rtol=1e-5, atol=0)
     assert metrics["policy/clip_fraction"] == 1.0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("objective", ["kl_mask", "reinforce"])
+def test_the_loss_of_the_objectives_without_a_clip_by_hand(objective, reduction, make_trainer):
+    trainer = make_trainer(
+        pipe=nudged(),
+        sample_min_std=0.1,
+        train_objective=objective,
+        train_log_prob_reduction=reduction,
+        **({"train_kl_threshold": 0.5} if objective == "kl_mask" else {}),
+        reward_weight=10.0,
+        kl_weight=0.3,
+    )
+    trajectory = trainer.sample(0)[0][0].trajectory
+    (new,) = [one.detach() for one in trainer.policy(trajectory, None, [1])]
+    dimensions = new.distribution.mean[0].numel()
+    # the old means are off by a number of standard deviations, the same in each dimension: a KL of its square over 2 for each
+    offsets = torch.tensor([2.0, 2.0, 2.0, 0.5]) / (dimensions**0.5 if reduction == "sum" else 1.0)
+    old_mean = new.distribution.mean + (offsets * new.distribution.std)[:, None, None, None]
+    columns = len(trajectory.steps)
+    batch = TrainingBatch(trajectory, (0, 1, 2, 3), torch.tensor([1.0, 1.0, -1.0, 1.0])[:, None].expand(4, columns))
+    batch.old = {step: Gaussian(old_mean, new.distribution.std) for step in trajectory.steps}
+    batch.charges = torch.full((4, columns), 2.0)
+    trainer._ask_reference([[(batch, (1,) * 4)]])
+    transitions = batch.transitions((1,) * 4, charge_weight=0.3 / 10.0)
+    torch.testing.assert_close(transitions.advantage, torch.tensor([0.94, 0.94, -1.06, 0.94]))
+    shift = torch.tensor([0.5, -0.5, 0.5, 0.5])  # ratios 1.65, 0.61, 1.65, 1.65
+    transitions = dataclasses.replace(transitions, old_log_prob=new.log_prob - shift)
+    loss, metrics = trainer.calculate_loss(transitions)
+    with torch.no_grad(), trainer.policy.reference():
+        (reference,) = trainer.policy(trajectory, None, [1])
+    kl = new.distribution.kl(reference.distribution, reduction).mean()
+    if objective == "reinforce":
+        policy_loss = -(transitions.advantage * new.log_prob).mean()
+    else:  # the first would go further than a KL of 2: it counts as at ratio 1; the fourth is below the threshold
+        weights = torch.tensor([1.0, *shift[1:].exp()])
+        policy_loss = -(transitions.advantage * weights).mean()
+        assert metrics["policy/mask_fraction"] == 0.25
+    torch.testing.assert_close(loss, 10.0 * policy_loss + 0.3 * kl, rtol=1e-5, atol=1e-6)
+    assert "policy/clip_fraction" not in metrics
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.5])
