@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import re
 import runpy
 import subprocess
 import sys
@@ -267,6 +268,19 @@ def test_a_run_warns_once_for_each_event(make_trainer, monkeypatch, caplog, line
         "over-optimisation: between epoch 0 and epoch 2 wh",
         "over-optimisation: between epoch 5 and epoch 7 wh",
     ]
+
+
+def test_every_metric_of_an_evaluation_is_documented(make_trainer):
+    trainer = make_trainer(num_epochs=3, eval_reward_function=green, **EVALUATED)
+    trainer.train()
+    last = read_metrics(trainer.output_dir)[-1]
+    names = {
+        re.sub("^eval/(training|held-out)/", "eval/<set>/", name) for name in last if name not in ("step", "epoch")
+    }
+    names = {re.sub("/(red|green)/", "/<reward>/", name) for name in names}
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    table = page.partition("| evaluation metric |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `([^`]+)` \|", table, re.M)) == names
 
 
 # --- misuse -----------------------------------------------------------------------------------------------------------

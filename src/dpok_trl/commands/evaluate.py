@@ -178,12 +178,15 @@ def saved_settings(folder: Path) -> dict[str, Any]:
 
 def load_policy(args: argparse.Namespace, folder: Path, device: torch.device) -> Policy:
     """The tuned policy, sampled as in its training but for what the options say."""
-    from dpok_trl.demo import demo_pipeline_path
+    from dpok_trl.demo import demo_pipeline_path, load_demo_pipeline
     from dpok_trl.policy.loading import load_pipeline
     from dpok_trl.policy.policy import Policy
 
     settings = saved_settings(folder)
-    pipe = load_pipeline(demo_pipeline_path() if args.base == DEMO else args.base, args.dtype)
+    if args.base == DEMO and args.dtype is None:
+        pipe = load_demo_pipeline()
+    else:
+        pipe = load_pipeline(demo_pipeline_path() if args.base == DEMO else args.base, args.dtype)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     tuned = load_tuned(pipe, folder)

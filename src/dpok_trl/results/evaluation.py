@@ -21,6 +21,9 @@ from dpok_trl.rewards.combining import RewardSet
 from dpok_trl.rewards.diversity import thumbnails
 
 
+ROUNDING = 1e-9  # relative; a score of 1 is reached by images that all score 1
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Tuned against pretrained on one set of prompts: `n` pairs of images, prompt by prompt. Row `i` of everything is `prompts[i]` with `seeds[i]`.
@@ -125,7 +128,7 @@ class Comparison:
         )
         for n in range(1, most + 1):
             statistic = best_of(self.base.scores[name], n)
-            if math.fsum(map(statistic, groups)) / len(groups) >= tuned:
+            if math.fsum(map(statistic, groups)) / len(groups) >= tuned - ROUNDING * abs(tuned):
                 return n
         return None
 
