@@ -1,5 +1,6 @@
 """Evaluation in a run: its numbers, what it costs, what it warns of, and that the training is the same with and without it."""
 
+import dataclasses
 import math
 import os
 import random
@@ -12,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import nudge
+from tiny import nudge, stable_diffusion
 
+from dpok_trl import DPOKSFTConfig, DPOKSFTTrainer
 from dpok_trl.results.drawing import Drawn, Draws
 from dpok_trl.results.evaluation import Comparison, Evaluation, evaluate
 from dpok_trl.results.runlog import read_metrics
@@ -23,6 +25,10 @@ from dpok_trl.training.overoptimisation import Snapshot, over_optimisation
 
 SETS = {"training": ["a cat"], "held-out": ["a fox", "an owl"]}
 EVALUATED = {"eval_prompts": SETS, "eval_freq": 1, "eval_num_images_per_prompt": 2, "sample_num_steps": 2}
+
+
+def red(images, prompts, metadata):
+    return images[:, 0].mean((1, 2)), {}
 
 
 def green(images, prompts, metadata):
@@ -149,6 +155,31 @@ def test_a_moved_reference_is_not_what_is_compared_with(make_trainer, lines):
     assert trainer.tuned.moved_reference is not None
     assert first["eval/training/red/base"] == second["eval/training/red/base"]
     assert second["eval/training/kl"] == trainer.evaluate().sets["training"].kl.mean > 0
+
+
+def test_rewards_that_are_kept_off_the_device_are_on_it_only_to_judge(make_trainer, record_to):
+    class Network(torch.nn.Module):
+        def forward(self, images, prompts, metadata):
+            return images[:, 0].mean((1, 2))
+
+    trained, held_out = Network(), Network()
+    trainer = make_trainer(
+        {"trained": trained}, eval_reward_function={"other": held_out}, reward_offload=True, **EVALUATED
+    )
+    sent = record_to(trained), record_to(held_out)
+    trainer.evaluate(sets=["training"])
+    device, cpu = trainer.accelerator.device, torch.device("cpu")
+    assert sent == ([device, cpu] * 2, [device, cpu] * 2)  # for the tuned images, and for the pretrained ones
+
+
+def test_the_supervised_arm_is_evaluated_too(make_config, lines):
+    config = DPOKSFTConfig(
+        **{**dataclasses.asdict(make_config(eval_freq=1, eval_num_images_per_prompt=2)), "sample_num_steps": 2}
+    )
+    trainer = DPOKSFTTrainer(config, red, ["a cat"], stable_diffusion(), eval_prompts=SETS)
+    trainer.train()
+    (line,) = lines(trainer, "eval/held-out/red/tuned")
+    assert line["eval/held-out/kl"] > 0
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
