@@ -22,7 +22,6 @@ from dpok_trl import DPOKConfig, DPOKTrainer
 from dpok_trl.demo import load_demo_pipeline
 from dpok_trl.policy.lora import adapters_disabled
 from dpok_trl.training.batches import SampledBatch
-from dpok_trl.training.buffer import Round
 
 
 def larger_pipeline() -> StableDiffusionPipeline:
@@ -103,11 +102,11 @@ def compare(title: str, pipe: StableDiffusionPipeline, batch: int, guidance: flo
         clock.pause_in(pipe.image_processor, "postprocess")
         prompts = ["a green triangle"] * batch
         trajectory = policy.rollout(prompts, list(range(batch)))
-        trainer._ratio_checked = True
+        trainer.experience.ratio_checked = True
 
         def update() -> None:
             batches = [_sampled(trajectory)]
-            trainer.buffer.rounds.append(Round(0, batches, trainer._training_batches(batches, torch.randn(batch))))
+            trainer.experience.add(0, batches, torch.randn(batch))
             for transitions in trainer._updates(0, 0):
                 trainer._update(transitions)
 

@@ -59,7 +59,7 @@ def _curation(run, monkeypatch):
         )
         batches, _ = trainer.sample(0)
         trainer.scoring.gather(batches)
-        return [batch.samples for batch in trainer._training_batches(batches, torch.zeros(4))]
+        return [batch.samples for batch in trainer.experience.training_batches(batches, torch.zeros(4))]
 
     assert kept(None, None) == [(0,), (1,), (2,), (3,)]
     assert kept(2, None) == [(0,), (2,)]

@@ -86,10 +86,6 @@ NEW_FIELDS = {
     "eval_num_images_per_prompt",
     "eval_batch_size",
     "eval_num_steps",
-    "eval_freq",
-    "eval_num_images_per_prompt",
-    "eval_batch_size",
-    "eval_num_steps",
     "hub_model_id",
     "hub_private_repo",
 }

@@ -184,7 +184,7 @@ def test_the_decision_to_reanchor_is_the_first_batchs(saved, make_trainer):
     state_file.write_text(json.dumps({**state, "reanchor": True}))
     trainer = make_trainer(num_epochs=4, sample_num_steps=2)
     trainer.train(resume_from_checkpoint=True)
-    assert trainer._reanchor is True
+    assert trainer.experience.reanchor is True
 
 
 # Everything that a run may remember beside the adapter: `expected` are the files that a checkpoint then has more of.

@@ -144,7 +144,7 @@ def sampled(make_trainer):
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     batches, _ = trainer.sample(0)
     prompts, rewards, _ = trainer.scoring.gather(batches)
-    return trainer, trainer._training_batches(batches, trainer.advantages(prompts, rewards))
+    return trainer, trainer.experience.training_batches(batches, trainer.advantages(prompts, rewards))
 
 
 def measured(trainer, batches, **kwargs):

@@ -67,7 +67,7 @@ def test_the_gradient_of_an_epoch_is_the_unmixed_one(family, kl_type, make_train
             kl_type=kl_type,
         )
         result = gradients(trainer)
-        assert set(trainer._mixes.values()) == ({True} if mixed else set())
+        assert set(trainer.experience.mixes.values()) == ({True} if mixed else set())
         return result
 
     plain, mixed = gradient(False), gradient(True)

@@ -29,14 +29,14 @@ def constant(*values, name="constant"):
 
 def trained_advantages(trainer):
     """Records the advantages of the training batches."""
-    seen, method = [], trainer._training_batches
+    seen, method = [], trainer.experience.training_batches
 
     def recorded(batches, advantages):
         cut = method(batches, advantages)
         seen.append(torch.cat([batch.advantages[:, 0] for batch in cut]))
         return cut
 
-    trainer._training_batches = recorded
+    trainer.experience.training_batches = recorded
     return seen
 
 

@@ -152,7 +152,7 @@ def test_the_loss_by_hand(objective, kl_type, reduction, make_trainer):
     trajectory = trainer.sample(0)[0][0].trajectory
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])[:, None].expand(4, len(trajectory.steps))
     batch = TrainingBatch(trajectory, (0, 1, 2, 3), advantages)
-    trainer._ask_reference([[(batch, (1,) * 4)]])
+    trainer.experience.ask_reference([[(batch, (1,) * 4)]])
     transitions = batch.transitions((1,) * 4)
     shift = torch.tensor([0.5, -0.5, 0.5, -0.5])  # of the new log-probability over the old: ratios 1.65 and 0.61
     transitions = dataclasses.replace(transitions, old_log_prob=transitions.old_log_prob - shift)
@@ -200,7 +200,7 @@ def test_the_loss_of_the_objectives_without_a_clip_by_hand(objective, reduction,
     batch = TrainingBatch(trajectory, (0, 1, 2, 3), torch.tensor([1.0, 1.0, -1.0, 1.0])[:, None].expand(4, columns))
     batch.old = {step: Gaussian(old_mean, new.distribution.std) for step in trajectory.steps}
     batch.charges = torch.full((4, columns), 2.0)
-    trainer._ask_reference([[(batch, (1,) * 4)]])
+    trainer.experience.ask_reference([[(batch, (1,) * 4)]])
     transitions = batch.transitions((1,) * 4, charge_weight=0.3 / 10.0)
     torch.testing.assert_close(transitions.advantage, torch.tensor([0.94, 0.94, -1.06, 0.94]))
     shift = torch.tensor([0.5, -0.5, 0.5, 0.5])  # ratios 1.65, 0.61, 1.65, 1.65

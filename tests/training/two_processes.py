@@ -72,7 +72,7 @@ def whole_run(out):
     out["start"] = adapter(trainer)
     remember(trainer, "advantages", lambda result, *args: out.setdefault("advantages", []).append((*args[:2], result)))
     remember(trainer, "sample", lambda result, epoch: out.setdefault("sampled", []).append(describe(result[0])))
-    remember(trainer, "_training_batches", lambda result, *_: out.setdefault("trained on", []).append(
+    remember(trainer.experience, "training_batches", lambda result, *_: out.setdefault("trained on", []).append(
         [batch.advantages[:, 0] for batch in result]))  # fmt: skip
     check_gradients(trainer, out)
     trainer.train()
@@ -158,7 +158,7 @@ def remembering_runs(out):
                 trainer.train(epochs=epochs, resume_from_checkpoint=epochs == 3 and parts != [3])
             value = None if trainer.critic is None else trainer.critic.function.state_dict()
             remembered = value, trainer.kl_weight, trainer.stat_tracker and trainer.stat_tracker.state_dict()
-            buffer = [(batch.trajectory.latents, batch.advantages, batch.charges) for batch in trainer.buffer.training]
+            buffer = [(batch.trajectory.latents, batch.advantages, batch.charges) for batch in trainer.experience.buffer.training]
             out[f"{name} {kind}"] = {"adapter": adapter(trainer), "remembered": remembered, "buffer": buffer}
 
 

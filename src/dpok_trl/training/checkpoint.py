@@ -55,7 +55,7 @@ class Checkpoints:
             unfinished.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(unfinished))
-        trainer.buffer.save(unfinished, accelerator.process_index)
+        trainer.experience.save(unfinished)
         accelerator.wait_for_everyone()  # save_state ends without a barrier
         if accelerator.is_main_process:
             (unfinished / STATE_FILE).write_text(json.dumps(self._state(unfinished), indent=2, default=str))
@@ -73,7 +73,7 @@ class Checkpoints:
             "global_step": trainer.global_step,
             "seconds": trainer.seconds,
             "num_processes": trainer.accelerator.num_processes,
-            "reanchor": trainer._reanchor,
+            "reanchor": trainer.experience.reanchor,
             "prompts": trainer.prompts.state_dict(),
             "kl_weight": trainer.kl_weight,
             "stat_tracker": None if trainer.stat_tracker is None else trainer.stat_tracker.state_dict(),
@@ -141,10 +141,10 @@ class Checkpoints:
         trainer.last_metrics = state["last_metrics"]
         if trainer.config.train_reanchor is None:
             # decided on the run's first batch; another batch might decide otherwise
-            trainer._reanchor = state["reanchor"]
+            trainer.experience.reanchor = state["reanchor"]
         trainer.prompts.load_state_dict(state["prompts"])
         trainer.kl_weight = state["kl_weight"]
-        trainer.load_buffer(checkpoint)
+        trainer.experience.load(checkpoint)
         if trainer.stat_tracker is not None and state["stat_tracker"] is not None:
             trainer.stat_tracker.load_state_dict(state["stat_tracker"])
         if trainer.accelerator.is_main_process:

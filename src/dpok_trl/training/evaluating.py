@@ -21,12 +21,12 @@ from dpok_trl.results.evaluation import Evaluation, bind_rewards, compared
 from dpok_trl.results.evaluation_files import evaluation_grid
 from dpok_trl.results.prompt_sets import PromptSet, prompts_of, read_prompt_sets, refuse_training_prompts
 from dpok_trl.results.runlog import log_images_to
-from dpok_trl.rewards.base import RewardError
 from dpok_trl.rewards.binding import BoundReward, TrainerState
 from dpok_trl.rewards.combining import RewardSet
 from dpok_trl.rewards.wrappers import Standardized
 from dpok_trl.training.building import on_the_device
 from dpok_trl.training.overoptimisation import WINDOW, Snapshot, over_optimisation
+from dpok_trl.training.processes import raise_together
 
 
 if TYPE_CHECKING:
@@ -229,14 +229,7 @@ def on_all_processes(accelerator: Accelerator, work: Callable[[], list[Any]]) ->
         made = work()
     except Exception as raised:
         error = raised
-    told = None if error is None else (isinstance(error, RewardError), f"{type(error).__name__}: {error}")
-    failures = gather_object([told])
-    if error is not None:
-        raise error
-    for process, failure in enumerate(failures):
-        if failure is not None:
-            of_reward, message = failure
-            raise (RewardError if of_reward else RuntimeError)(f"process {process} failed with {message}")
+    raise_together(accelerator, error)
     return gather_object(made)
 
 

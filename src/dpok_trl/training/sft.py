@@ -33,6 +33,7 @@ from dpok_trl.policy.memo import PromptMemo
 from dpok_trl.policy.policy import Policy
 from dpok_trl.rewards.binding import RewardInputs, TrainerState
 from dpok_trl.training.batches import SampledBatch, plan_updates
+from dpok_trl.training.processes import largest
 from dpok_trl.training.sft_config import DPOKSFTConfig, kept_of
 from dpok_trl.training.sft_data import (
     DATA_FOLDER,
@@ -156,7 +157,7 @@ class DPOKSFTTrainer(DPOKTrainer):
         """One epoch: `train_num_inner_epochs` passes over the images, which are drawn first where it is time to. Returns the number of optimizer steps done so
         far."""
         redraw = self.config.sft_redraw_epochs
-        if self.data is None or (redraw is not None and epoch % redraw == 0 and self.data.epoch != epoch):
+        if self.data is None or (redraw is not None and epoch % redraw == 0):
             self.data = self._draw(epoch, global_step)
         started = time.monotonic()
         losses = []
@@ -340,7 +341,9 @@ class DPOKSFTTrainer(DPOKTrainer):
         """A trial of several timesteps in one forward pass; all processes decide alike."""
         with self._unguided(), self.accelerator.autocast():
             error = self.policy.mixing_error(drawn, range(len(drawn)))
-        error = self._largest(torch.tensor([math.inf if error is None else error], device=self.accelerator.device))
+        error = largest(
+            self.accelerator, torch.tensor([math.inf if error is None else error], device=self.accelerator.device)
+        )
         if error > MIXING_TOLERANCE:
             logger.warning(
                 "train_mixed_timesteps: the call of %s does not take samples at different timesteps in one forward pass (%s), so training batches stay at one timestep each",

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig
@@ -24,10 +24,8 @@ from tqdm.auto import tqdm
 from dpok_trl.core.advantages import (
     PerPromptStatTracker,
     batch_advantages,
-    best_and_worst,
     clip_advantages,
     group_advantages,
-    leave_one_out,
     leave_one_out_advantages,
     raw_advantages,
     value_advantages,
@@ -42,7 +40,7 @@ from dpok_trl.core.objectives import (
     ratio_metrics,
     reinforce_loss,
 )
-from dpok_trl.core.trajectory import Trajectory, Transitions
+from dpok_trl.core.trajectory import Transitions
 from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline
 from dpok_trl.policy.hooks import PipelineHooks
 from dpok_trl.policy.loading import load_pipeline
@@ -50,20 +48,20 @@ from dpok_trl.policy.replayer import ReplayedStep
 from dpok_trl.prompts import prompt_source
 from dpok_trl.results.evaluation import Evaluation
 from dpok_trl.results.runlog import RunLog, log_images_to
-from dpok_trl.rewards.base import RewardError
 from dpok_trl.rewards.binding import TrainerState
 from dpok_trl.rewards.combining import RewardSet
-from dpok_trl.training.batches import SampledBatch, TrainingBatch, Update, cut_batches, plan_updates
-from dpok_trl.training.buffer import Buffer, Round
+from dpok_trl.training.batches import SampledBatch
 from dpok_trl.training.building import build_policy, encoders_off_the_device
 from dpok_trl.training.checkpoint import Checkpoints
 from dpok_trl.training.config import DPOKConfig
 from dpok_trl.training.critic import Critic
 from dpok_trl.training.evaluating import Evaluator
+from dpok_trl.training.experience import Experience
 from dpok_trl.training.gradients import prompt_gradient_cosines
-from dpok_trl.training.kl import adapted_weight, kl_of_actions
+from dpok_trl.training.kl import adapted_weight
+from dpok_trl.training.processes import raise_together
 from dpok_trl.training.publishing import PublishingMixin
-from dpok_trl.training.ratio import RatioError, anchor, check_ratio, refuse_ratio
+from dpok_trl.training.ratio import RatioError, refuse_ratio
 from dpok_trl.training.scoring import Scoring
 from dpok_trl.training.setup import make_accelerator, make_optimizer, settle_output_dir
 from dpok_trl.training.window import sde_window
@@ -163,18 +161,14 @@ class DPOKTrainer(PublishingMixin):
 
         self.critic = Critic(config, self.accelerator) if config.train_adv_type == "value" else None
         self.kl_weight = config.kl_weight  # changes with a warm-up or a target_kl
-        self.buffer = Buffer(config.train_buffer_rounds)
+        self.experience = Experience(config, self.accelerator, self.policy, self.prepared_policy)
 
         self.first_epoch = 0
         self.global_step = 0
         self.seconds = 0.0  # of training, over all resumed parts
         self.last_metrics: dict[str, float] = {}
         self._shown: dict[str, float] = {}  # beside the progress bar: means of the epoch
-        self._ratio_checked = False
-        self._first_update = False  # the next update is the first after the check
-        self._reanchor = True if config.torch_compile else config.train_reanchor  # None: not decided yet
-        # steps that were tried -> whether one forward pass takes them together
-        self._mixes: dict[tuple[int, ...], bool] = {}
+        self._updated = False  # by this trainer; before that the ratio is 1
         self.run_log = RunLog(self.output_dir) if self.accelerator.is_main_process else None
         self.checkpoints = Checkpoints(self)
         self.evaluator = Evaluator(self, prompt_function, eval_prompts, eval_reward_function)
@@ -236,7 +230,7 @@ class DPOKTrainer(PublishingMixin):
         """One round: sample, score, and update on what was sampled. Returns the number of optimizer steps done so far."""
         if self.config.kl_warmup_epochs:
             self.kl_weight = self.config.kl_weight if epoch >= self.config.kl_warmup_epochs else 0.0
-        self.buffer.make_room()
+        self.experience.buffer.make_room()
         batches, metrics = self.sample(epoch)
         prompts, rewards, reward_metrics = self.scoring.gather(batches)
         metrics = {"images": (epoch + 1) * len(rewards), **reward_metrics, **metrics}
@@ -252,10 +246,10 @@ class DPOKTrainer(PublishingMixin):
         started = time.monotonic()
         kl = []
         with encoders_off_the_device(self.policy, self.config.sample_offload_encoders):
-            self.buffer.rounds.append(Round(epoch, batches, self._training_batches(batches, advantages)))
+            self.experience.add(epoch, batches, advantages)
             metrics = self._gradient_cosines(epoch)
             if self.critic is not None:
-                metrics.update(self.critic.fit(self.buffer.sampled, epoch))
+                metrics.update(self.critic.fit(self.experience.buffer.sampled, epoch))
             passes = self.config.train_num_inner_epochs if epoch >= self.config.value_warmup_epochs else 0
             for inner_epoch in range(passes):
                 for update in self._updates(epoch, inner_epoch):
@@ -277,7 +271,7 @@ class DPOKTrainer(PublishingMixin):
         with self.accelerator.no_sync(self.prepared_policy):
             metrics = prompt_gradient_cosines(
                 self.prepared_policy,
-                self.buffer.newest.training,
+                self.experience.buffer.newest.training,
                 self.trainable_layers,
                 timestep_fraction=config.train_timestep_fraction,
                 random=np.random.default_rng([config.seed, epoch]),
@@ -296,15 +290,14 @@ class DPOKTrainer(PublishingMixin):
         config = self.config
         metrics = {"kl_weight": self.kl_weight}
         if config.kl_type == "gaussian":
-            trajectory = self.buffer.newest.training[0].trajectory
+            trajectory = self.experience.buffer.newest.training[0].trajectory
             dimensions = trajectory.latents[0][0].numel() if config.train_log_prob_reduction == "mean" else 1
             metrics["kl_path"] = kl * dimensions * len(trajectory.steps)
         if config.target_kl is not None:
             self.kl_weight = adapted_weight(self.kl_weight, metrics["kl_path"], config.target_kl)
         if config.reference_update_epochs is not None and (epoch + 1) % config.reference_update_epochs == 0:
             self.tuned.move_reference()
-            for batch in self.buffer.training:
-                batch.references.clear()
+            self.experience.forget_references()
         return metrics
 
     def evaluate(self, prompts: Any = None, reward_function: Any = None, **settings: Any) -> Evaluation:
@@ -333,19 +326,12 @@ class DPOKTrainer(PublishingMixin):
         """
         error: Exception | None = None
         try:
-            batches, timings = self._sample_and_score(epoch)
-        except Exception as raised:  # raised again below: the other processes must hear of it, or they would wait for this one for ever
+            sampled = self._sample_and_score(epoch)
+        except Exception as raised:  # raised again right below, on all processes
             error = raised
             self.scoring.cancel()
-        told = None if error is None else (isinstance(error, RewardError), f"{type(error).__name__}: {error}")
-        failures = gather_object([told])
-        if error is not None:
-            raise error
-        for process, failure in enumerate(failures):
-            if failure is not None:
-                of_reward, message = failure
-                raise (RewardError if of_reward else RuntimeError)(f"process {process} failed with {message}")
-        return batches, timings
+        raise_together(self.accelerator, error)
+        return sampled
 
     def _sample_and_score(self, epoch: int) -> tuple[list[SampledBatch], dict[str, float]]:
         batches = []
@@ -440,15 +426,6 @@ class DPOKTrainer(PublishingMixin):
         advantages[counts] = clip_advantages(found, self.config.train_adv_clip_max)
         return advantages
 
-    def load_buffer(self, checkpoint: Path) -> None:
-        """Reads the rounds of a checkpoint. Each batch is walked once more, for shapes and embeddings; what is drawn then is thrown away."""
-
-        def walk(prompts: Sequence[str], seeds: Sequence[int], epoch: int) -> Trajectory:
-            with self.accelerator.autocast():
-                return self.policy.rollout(prompts, seeds, window=sde_window(self.config, epoch))
-
-        self.buffer.load(checkpoint, self.accelerator.process_index, walk)
-
     # ---------------------------------------------------------------- the update
 
     def calculate_loss(self, transitions: Transitions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -491,114 +468,10 @@ class DPOKTrainer(PublishingMixin):
             return replayed.distribution.kl(reference, self.config.train_log_prob_reduction)
         return noise_kl(replayed.model_output, reference, self.config.train_log_prob_reduction)
 
-    def _training_batches(self, batches: list[SampledBatch], advantages: torch.Tensor) -> list[TrainingBatch]:
-        """This process's training batches of a round, with old log-probabilities that a replay reproduces, and with the advantages of their actions.
-
-        Args:
-            advantages (`torch.Tensor` of shape `(N,)` or `(N, S)`): Of all processes.
-        """
-        config = self.config
-        count = sum(len(batch.trajectory) for batch in batches)
-        first = self.accelerator.process_index * count
-        cut = cut_batches(batches, advantages[first : first + count], self._kept(batches), config.train_batch_size)
-        if not self._ratio_checked:
-            self._reanchor = check_ratio(
-                self.prepared_policy,
-                cut[0],
-                reanchor=self._reanchor,
-                with_grad=config.torch_compile,
-                tolerance=self._ratio_tolerance,
-                reduction=config.train_log_prob_reduction,
-                largest=self._largest,
-            )
-            self._ratio_checked = True
-            self._first_update = not self.buffer.rounds  # rounds of a checkpoint are another policy's
-        steps = cut[0].trajectory.steps
-        if config.train_mixed_timesteps and steps not in self._mixes:  # a stochastic window moves
-            self._mixes[steps] = self._can_mix(cut[0])
-        charged = config.kl_gradient != "paper"
-        keep = charged or config.train_objective == "kl_mask"
-        if self._reanchor or keep:
-            anchor(self.prepared_policy, cut, with_grad=config.torch_compile, keep_distributions=keep)
-        if charged:
-            self._charge_kl(cut)
-        return cut
-
-    def _kept(self, batches: Sequence[SampledBatch]) -> torch.Tensor:
-        """Which samples of this process are trained on: the best and the worst of each group, or all."""
-        config = self.config
-        if config.train_keep_best is None and config.train_keep_worst is None:
-            return torch.ones(sum(len(batch.trajectory) for batch in batches), dtype=torch.bool)
-        rewards = torch.cat([batch.rewards for batch in batches])
-        groups = torch.arange(len(rewards)) // config.sample_num_images_per_prompt
-        return best_and_worst(rewards, groups, config.train_keep_best or 0, config.train_keep_worst or 0)
-
-    def _charge_kl(self, batches: list[TrainingBatch]) -> None:
-        """Charges each action with the KL that it answers for ([`kl_of_actions`]), against what the other samples of the round are charged with at that step."""
-        self._ask_reference([[(batch, (step,)) for step in batch.trajectory.steps] for batch in batches])
-        own = torch.cat([kl_of_actions(batch, self.config.kl_gradient == "reward") for batch in batches])
-        charges = leave_one_out(self.accelerator.gather(own))
-        first = self.accelerator.process_index * len(own)
-        parts = charges[first : first + len(own)].split([len(batch.samples) for batch in batches])
-        for batch, charge in zip(batches, parts, strict=True):
-            batch.charges = charge
-
-    @property
-    def _ratio_tolerance(self) -> float:
-        """What rounding may do to a log-probability: a tenth of the clip, or a thousandth (of the ratio) where nothing is clipped."""
-        return self.config.train_clip_range / 10 if self.config.train_objective in OBJECTIVES else 1e-3
-
-    def _can_mix(self, batch: TrainingBatch) -> bool:
-        """A trial of several timesteps in one forward pass; all processes decide alike."""
-        with self.accelerator.autocast():
-            error = self.policy.mixing_error(batch.trajectory, batch.samples)
-        error = self._largest(torch.tensor([math.inf if error is None else error], device=self.accelerator.device))
-        if error <= self._ratio_tolerance:
-            return True
-        logger.warning(
-            "train_mixed_timesteps: the call of %s %s for samples at different timesteps in one forward pass, so training batches stay at one timestep each",
-            type(self.pipeline).__name__,
-            "fails"
-            if math.isinf(error)
-            else f"gives log-probabilities that are off by {error:.3g} (allowed: {self._ratio_tolerance:.3g})",
-        )
-        return False
-
-    def _largest(self, values: torch.Tensor) -> float:
-        """Over all processes."""
-        return self.accelerator.gather(values.amax()[None]).amax().item()
-
     def _updates(self, epoch: int, inner_epoch: int) -> Iterator[list[Transitions]]:
         """The optimizer steps of one pass, each a list of transitions: one forward and backward pass each."""
-        config = self.config
-        batches = self.buffer.training
-        plan = plan_updates(
-            batches,
-            count=len(self.buffer.newest.training),
-            timestep_fraction=config.train_timestep_fraction,
-            accumulation=config.train_gradient_accumulation_steps,
-            timesteps_per_update=config.train_timesteps_per_update,
-            random=np.random.default_rng([config.seed, epoch, inner_epoch, self.accelerator.process_index]),
-            mixed=all(self._mixes.get(batch.trajectory.steps, False) for batch in batches),
-        )
-        if config.kl_weight > 0:
-            self._ask_reference(plan)
-        for update in self._progress(plan, "update"):
-            yield [batch.transitions(steps, self.kl_weight / config.reward_weight) for batch, steps in update]
-
-    @torch.no_grad()
-    def _ask_reference(self, plan: list[Update]) -> None:
-        """The pretrained model's answer at every planned transition: once for each, all steps of a batch in one replay."""
-        wanted: dict[int, tuple[TrainingBatch, set[int]]] = {}
-        for batch, steps in (pair for update in plan for pair in update):
-            if new := set(steps) - set(batch.references):
-                wanted.setdefault(id(batch), (batch, set()))[1].update(new)
-        exact = self.config.kl_type == "gaussian"
-        with self.policy.reference():
-            for batch, steps in wanted.values():
-                answers = self.prepared_policy(batch.trajectory, batch.samples, sorted(steps))
-                for step, answer in zip(sorted(steps), answers, strict=True):
-                    batch.references[step] = answer.distribution if exact else answer.model_output
+        charge_weight = self.kl_weight / self.config.reward_weight
+        return self.experience.updates(epoch, inner_epoch, charge_weight, lambda plan: self._progress(plan, "update"))
 
     def _update(self, update: list[Transitions]) -> dict[str, float]:
         """One optimizer step; gradients are averaged over its forward passes and over the processes."""
@@ -636,9 +509,9 @@ class DPOKTrainer(PublishingMixin):
                     "checkpoint is whole. Usual causes: fp16 overflow (use bf16), a learning rate too high, or a step of tiny std (raise "
                     "sample_min_std)."
                 )
-        if self._first_update:
-            refuse_ratio(metrics["policy/ratio_deviation_max"], self._ratio_tolerance)
-            self._first_update = False
+        if self.experience.first_is_on_policy and not self._updated:
+            refuse_ratio(metrics["policy/ratio_deviation_max"], self.experience.ratio_tolerance)
+        self._updated = True
 
     def _reduce(self, values: dict[str, list[torch.Tensor]]) -> dict[str, float]:
         """Means over forward passes and processes; of a `_max` the largest."""
