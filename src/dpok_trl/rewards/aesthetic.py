@@ -45,6 +45,7 @@ class Aesthetic(ModelReward):
         weights=f"trl-lib/ddpo-aesthetic-predictor, {FILE} (4 MB); {OPENAI_CLIP} (1.7 GB)",
         licence="Apache-2.0 (LAION's predictor), MIT (OpenAI's CLIP)",
         needs="nothing more",
+        overlooks="Does not look at the prompt, and drifts to painterly pictures, saturated colours and frames.",
     )
 
     def __init__(

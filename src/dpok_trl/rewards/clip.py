@@ -158,6 +158,7 @@ class CLIPScore(ClipReward):
         weights=f"{OPENAI_CLIP} (1.7 GB)",
         licence="MIT (of OpenAI's CLIP)",
         needs="nothing more",
+        overlooks="A bag of words: it hardly tells which colour belongs to which thing, is weak on counting and places, and is hacked by writing the prompt into the picture.",
     )
     default_weights = OPENAI_CLIP
 
@@ -180,6 +181,7 @@ class PickScore(ClipReward):
         weights=f"yuvalkirstain/PickScore_v1 (3.9 GB); {LAION_CLIP}, tokenizer only",
         licence="not stated on the model card",
         needs="nothing more",
+        overlooks="The taste of the users of one web site, on a square crop of the centre.",
     )
     default_weights = "yuvalkirstain/PickScore_v1"
     default_tokenizer = LAION_CLIP

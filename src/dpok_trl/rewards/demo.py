@@ -40,6 +40,7 @@ class DemoExact(_DemoReward):
         weights="none",
         licence="Apache-2.0 (this package)",
         needs="nothing more",
+        overlooks="Reads sentences of the demo grammar only; it is 0 or 1, so a prompt that is never right gives no signal.",
     )
 
 
@@ -54,6 +55,7 @@ class DemoSoft(_DemoReward):
         weights="none",
         licence="Apache-2.0 (this package)",
         needs="nothing more",
+        overlooks="Reads sentences of the demo grammar only.",
     )
 
 
@@ -68,4 +70,5 @@ class DemoGreenness(_DemoReward):
         weights="none",
         licence="Apache-2.0 (this package)",
         needs="nothing more",
+        overlooks="Does not look at the prompt: a green canvas is the best picture.",
     )

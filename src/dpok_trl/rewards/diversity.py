@@ -53,6 +53,7 @@ class PairwiseDiversity:
         weights="none",
         licence="Apache-2.0 (this package)",
         needs="groups: sample_num_images_per_prompt of at least 2",
+        overlooks="Pays for noise and for ignoring the prompt, and by default knows layout and colour only.",
     )
     image_type = "pil"
     wants_groups = True

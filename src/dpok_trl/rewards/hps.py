@@ -119,6 +119,7 @@ class HPSv2(ClipReward):
         weights=f"xswu/HPSv2, HPS_v2_compressed.pt (986M parameters); {LAION_CLIP}, tokenizer only",
         licence="Apache-2.0",
         needs="nothing more",
+        overlooks="Prefers glossy, contrasty pictures in the styles it was trained on.",
     )
     default_weights = "xswu/HPSv2"
     default_tokenizer = LAION_CLIP
@@ -147,5 +148,6 @@ class HPSv21(HPSv2):
         weights=f"xswu/HPSv2, HPS_v2.1_compressed.pt (986M parameters); {LAION_CLIP}, tokenizer only",
         licence="Apache-2.0",
         needs="nothing more",
+        overlooks="Prefers glossy, contrasty pictures in the styles it was trained on.",
     )
     file = "HPS_v2.1_compressed.pt"

@@ -169,6 +169,7 @@ class ImageReward(ModelReward):
         weights="zai-org/ImageReward, ImageReward.pt (1.8 GB); bert-base-uncased, tokenizer only",
         licence="Apache-2.0",
         needs="nothing more",
+        overlooks="Reads the first 35 tokens of a prompt and a square crop of the centre, and prefers rich, saturated pictures.",
     )
 
     def __init__(

@@ -16,3 +16,4 @@ class RewardInfo:
     weights: str  # Hub id and file, or "none"
     licence: str  # of the weights
     needs: str  # extras, or "nothing more"
+    overlooks: str = ""  # one sentence for model cards: what a model tuned on it gets wrong

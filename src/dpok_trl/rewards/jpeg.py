@@ -29,6 +29,7 @@ class JpegIncompressibility:
         weights="none",
         licence="none",
         needs="nothing more",
+        overlooks="Does not look at the prompt, and ends in noise.",
     )
     image_type = "pil"
     overlaps = True
@@ -61,5 +62,6 @@ class JpegCompressibility(JpegIncompressibility):
         weights="none",
         licence="none",
         needs="nothing more",
+        overlooks="Does not look at the prompt, and ends in textureless, even pictures.",
     )
     sign = -1

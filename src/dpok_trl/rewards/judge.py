@@ -65,6 +65,7 @@ class VLMJudge:
         weights="the server's",
         licence="the server's",
         needs="an OpenAI-compatible server (docs/remote-rewards.md)",
+        overlooks="What the model behind the address does not see, and whatever persuades it.",
     )
     image_type = "pil"
     overlaps = True

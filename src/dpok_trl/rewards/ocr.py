@@ -36,6 +36,7 @@ class OCRReward:
         weights="in the package rapidocr",
         licence="Apache-2.0",
         needs="dpok-trl[ocr]",
+        overlooks="Looks at the text only, and ends in plain, large print on an empty ground.",
     )
     image_type = "pil"
     overlaps = True

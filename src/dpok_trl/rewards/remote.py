@@ -47,6 +47,7 @@ class RemoteReward:
         weights="none",
         licence="the server's",
         needs="a server (docs/remote-rewards.md)",
+        overlooks="What the server's reward overlooks.",
     )
     image_type = "pil"
     overlaps = True
