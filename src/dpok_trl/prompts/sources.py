@@ -30,9 +30,11 @@ class PromptSource(ABC):
     Attributes:
         images_per_prompt (`int`): how many times in a row each prompt is returned (the size of a group).
         num_prompts (`int` or `None`): how many prompts there are, `None` when a function makes them.
+        listed (`Sequence[str]` or `None`): the prompts, in the order in which they were given; `None` when a function makes them.
     """
 
     num_prompts: int | None
+    listed: Sequence[str] | None
 
     def __init__(self, *, images_per_prompt: int, seed: int, process_index: int, num_processes: int) -> None:
         if images_per_prompt < 1:
@@ -107,6 +109,7 @@ class _FunctionPrompts(PromptSource):
     """One call of the user's function per prompt, as DDPO does."""
 
     num_prompts = None
+    listed = None
 
     def __init__(self, function: PromptFunction, **options: Any) -> None:
         super().__init__(**options)
@@ -138,7 +141,7 @@ class _ListedPrompts(PromptSource):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self._prompts = prompts
+        self.listed = prompts
         self._metadata_of = metadata_of
         self._bounds = None if weights is None else _cumulative(weights)
         self.num_prompts = len(prompts)
@@ -146,12 +149,12 @@ class _ListedPrompts(PromptSource):
 
     def _take(self, first: int, count: int) -> list[tuple[str, Any]]:
         rows = [self._row(position) for position in range(first, first + count)]
-        return [(self._prompts[row], self._metadata_of(row)) for row in rows]
+        return [(self.listed[row], self._metadata_of(row)) for row in rows]
 
     def _row(self, position: int) -> int:
-        pass_index, offset = divmod(position, len(self._prompts))
+        pass_index, offset = divmod(position, len(self.listed))
         if self._shuffled[0] != pass_index:
-            order = list(range(len(self._prompts)))
+            order = list(range(len(self.listed)))
             if self._bounds is not None:
                 counts = _systematic_counts(self._bounds, random.Random(f"{self.seed}/{pass_index}/offset"))
                 order = [row for row, count in enumerate(counts) for _ in range(count)]
