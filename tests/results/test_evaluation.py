@@ -11,6 +11,7 @@ from tiny import STEPS, nudge, stable_diffusion, with_adapter
 from dpok_trl.policy.policy import Policy
 from dpok_trl.results.drawing import path_kl
 from dpok_trl.results.evaluation import evaluate
+from dpok_trl.results.evaluation_files import sample_rows
 from dpok_trl.results.prompt_sets import prompts_of, read_prompt_sets, refuse_training_prompts
 from dpok_trl.rewards.base import RewardError
 
@@ -253,6 +254,7 @@ def test_the_files(tmp_path):
         "evaluation.json",
         "evaluation.md",
         "grid.png",
+        "samples",
     ]
     written = json.loads((tmp_path / "new" / "evaluation.json").read_text())
     comparison = evaluation.sets["two"]
@@ -266,9 +268,20 @@ def test_the_files(tmp_path):
         == comparison.difference("brightness").standard_error
     )
     assert evaluation.table() in (tmp_path / "new" / "evaluation.md").read_text()
+    assert two["samples"] == {f"samples/two-{row:04d}.png": row for row in range(4)}
+    for row in range(4):
+        picture = np.asarray(Image.open(tmp_path / "new" / f"samples/two-{row:04d}.png"))
+        assert np.array_equal(picture, comparison.tuned.pictures[row].permute(1, 2, 0).numpy())
     table = evaluation.table().split("\n\n")[0].splitlines()
     assert len({len(line) for line in table}) == 1  # aligned
     assert cells(table[0]) == ["one: 1 prompt × 2, same seeds", "pretrained", "tuned", "difference", "n"]
+
+
+def test_the_single_pictures_are_of_different_prompts_first():
+    five = evaluate(make_policy(nudged=True), ["a", "b", "c", "d", "e"], brightness, images_per_prompt=2)
+    two = evaluate(make_policy(nudged=True), ["a", "b"], brightness, images_per_prompt=3)
+    assert sample_rows(five.sets["prompts"]) == [0, 2, 4, 6]
+    assert sample_rows(two.sets["prompts"]) == [0, 1, 2, 3]
 
 
 def test_the_grid_has_the_pretrained_picture_over_the_tuned_one(tmp_path):

@@ -67,7 +67,7 @@ def test_a_run_logs_every_set_and_reward(make_trainer, lines):
     assert logged[0]["eval/held-out/green/base"] == logged[1]["eval/held-out/green/base"]
     assert logged[1]["eval/training/kl"] > 0
     files = sorted(path.name for path in (trainer.output_dir / "evaluation").iterdir())
-    assert files == ["evaluation.json", "evaluation.md", "grid.png"]
+    assert files == ["evaluation.json", "evaluation.md", "grid.png", "samples"]
 
 
 def test_the_pretrained_model_is_drawn_once(make_trainer, monkeypatch):

@@ -154,7 +154,7 @@ class Evaluation:
         return evaluation_files.as_dict(self)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes `evaluation.md`, `evaluation.json` and `grid.png`. Returns the folder."""
+        """Writes `evaluation.md`, `evaluation.json`, `grid.png` and some pictures of the tuned model. Returns the folder."""
         return evaluation_files.save(self, folder)
 
     def metrics(self) -> dict[str, float]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # it imports this module
 
 
 TABLE_FILE, JSON_FILE, GRID_FILE = "evaluation.md", "evaluation.json", "grid.png"
+SAMPLES_FOLDER, SAMPLES = "samples", 4  # pictures of each set that are kept one by one too: a gallery shows no grids
 
 FOOTNOTE = (
     "Mean over prompts ± standard error; differences are paired by seed and noise. The path KL is KL(tuned ‖ pretrained) of whole denoising paths in nats, "
@@ -127,24 +128,24 @@ def powers_of_two(most: int) -> list[int]:
 
 def as_dict(evaluation: Evaluation) -> dict[str, Any]:
     """Everything but the pictures. What is not finite is `None`: JSON has no NaN, and 0 it is not."""
-    sets = {name: _set_as_dict(comparison) for name, comparison in evaluation.sets.items()}
+    sets = {name: _set_as_dict(name, comparison) for name, comparison in evaluation.sets.items()}
     return {"call": evaluation.call, "sets": sets}
 
 
-def _set_as_dict(comparison: Comparison) -> dict[str, Any]:
+def _set_as_dict(name: str, comparison: Comparison) -> dict[str, Any]:
     rewards = {}
-    for name in comparison.rewards:
-        rewards[name] = {
-            "held_out": name in comparison.held_out,
-            **_parts(comparison, name, None),
-            "categories": {category: _parts(comparison, name, category) for category in comparison.category_names},
+    for reward in comparison.rewards:
+        rewards[reward] = {
+            "held_out": reward in comparison.held_out,
+            **_parts(comparison, reward, None),
+            "categories": {category: _parts(comparison, reward, category) for category in comparison.category_names},
             "best_of": {
-                str(n): _estimate(comparison.best_of(name, n)) for n in powers_of_two(comparison.most_of(name))
+                str(n): _estimate(comparison.best_of(reward, n)) for n in powers_of_two(comparison.most_of(reward))
             },
-            "equivalent_n": comparison.equivalent_n(name),
-            "nonfinite": {"base": comparison.base.failed[name], "tuned": comparison.tuned.failed[name]},
-            "base_values": _values(comparison.base.scores[name]),
-            "tuned_values": _values(comparison.tuned.scores[name]),
+            "equivalent_n": comparison.equivalent_n(reward),
+            "nonfinite": {"base": comparison.base.failed[reward], "tuned": comparison.tuned.failed[reward]},
+            "base_values": _values(comparison.base.scores[reward]),
+            "tuned_values": _values(comparison.tuned.scores[reward]),
         }
     diversity = None
     if comparison.has_diversity:
@@ -158,6 +159,7 @@ def _set_as_dict(comparison: Comparison) -> dict[str, Any]:
         "rewards": rewards,
         "path_kl": {**_estimate(comparison.kl), "values": _values(comparison.tuned.path_kl)},
         "diversity": diversity,
+        "samples": {_sample_file(name, row): row for row in sample_rows(comparison)},
     }
 
 
@@ -220,12 +222,27 @@ def evaluation_grid(evaluation: Evaluation) -> Image.Image:
     return stacked([set_grid(name, comparison) for name, comparison in evaluation.sets.items()])
 
 
+def sample_rows(comparison: Comparison) -> list[int]:
+    """The rows whose tuned pictures are files of their own: of those that are shown, of different prompts where there are several."""
+    first = {comparison.prompts[row]: row for row in reversed(comparison.shown)}.values()
+    return sorted([*reversed(first), *(row for row in comparison.shown if row not in first)][:SAMPLES])
+
+
+def _sample_file(name: str, row: int) -> str:
+    return f"{SAMPLES_FOLDER}/{name}-{row:04d}.png"
+
+
 def save(evaluation: Evaluation, folder: str | Path) -> Path:
-    """Writes `evaluation.md`, `evaluation.json` and `grid.png`. Returns the folder."""
+    """Writes `evaluation.md`, `evaluation.json`, `grid.png`, and some pictures of the tuned model as `samples/*.png`. Returns the folder."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SAMPLES_FOLDER).mkdir(parents=True, exist_ok=True)
     (folder / TABLE_FILE).write_text(f"# Tuned against pretrained\n\n{tables(evaluation)}\n", encoding="utf-8")
     content = json.dumps(as_dict(evaluation), indent=1, default=str, allow_nan=False)
     (folder / JSON_FILE).write_text(content, encoding="utf-8")
     evaluation_grid(evaluation).save(folder / GRID_FILE)
+    for name, comparison in evaluation.sets.items():
+        rows = sample_rows(comparison)
+        for row, picture in zip(comparison.shown, to_pil(comparison.tuned.pictures), strict=True):
+            if row in rows:
+                picture.save(folder / _sample_file(name, row))
     return folder
