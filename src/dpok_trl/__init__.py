@@ -16,6 +16,8 @@ _MODULE_OF = {
     "DPOKTrainer": "dpok_trl.training.trainer",
     "DPOKSFTConfig": "dpok_trl.training.sft_config",
     "DPOKSFTTrainer": "dpok_trl.training.sft",
+    "DPOKParser": "dpok_trl.training.parsing",
+    "ScriptArguments": "dpok_trl.training.parsing",
     "DefaultDPOKStableDiffusionPipeline": "dpok_trl.policy.ddpo_pipeline",
     "DPOKPipelineOutput": "dpok_trl.policy.ddpo_pipeline",
     "DPOKSchedulerOutput": "dpok_trl.policy.schedulers",
@@ -60,6 +62,8 @@ __all__ = [
     "DPOKTrainer",
     "DPOKSFTConfig",
     "DPOKSFTTrainer",
+    "DPOKParser",
+    "ScriptArguments",
     "DefaultDPOKStableDiffusionPipeline",
     "DPOKPipelineOutput",
     "DPOKSchedulerOutput",
@@ -122,6 +126,7 @@ if TYPE_CHECKING:
     from dpok_trl.rewards.remote import RemoteReward
     from dpok_trl.rewards.wrappers import Cached, Clipped, Negated, Standardized
     from dpok_trl.training.config import DPOKConfig
+    from dpok_trl.training.parsing import DPOKParser, ScriptArguments
     from dpok_trl.training.ratio import RatioError
     from dpok_trl.training.sft import DPOKSFTTrainer
     from dpok_trl.training.sft_config import DPOKSFTConfig

@@ -59,6 +59,7 @@ from dpok_trl.training.evaluating import Evaluator
 from dpok_trl.training.experience import Experience
 from dpok_trl.training.gradients import prompt_gradient_cosines
 from dpok_trl.training.kl import adapted_weight
+from dpok_trl.training.memory import warn_of_memory
 from dpok_trl.training.processes import raise_together
 from dpok_trl.training.publishing import PublishingMixin
 from dpok_trl.training.ratio import RatioError, refuse_ratio
@@ -131,6 +132,7 @@ class DPOKTrainer(PublishingMixin):
         set_seed(config.seed)  # the adapter is initialised alike on all processes
         self.pipeline = load_pipeline(sd_pipeline if wrapper is None else wrapper.sd_pipeline, config.model_dtype)
         self.sd_pipeline = self.pipeline if wrapper is None else wrapper  # DDPO's name
+        warn_of_memory(config, self.pipeline, self.accelerator.device, pipeline_hooks)
         self.pipeline.to(self.accelerator.device)
         self.policy = build_policy(config, self.pipeline, peft_config, pipeline_hooks)
         self.tuned = self.policy.tuned
