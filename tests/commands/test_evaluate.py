@@ -11,6 +11,7 @@ from tiny import nudge, stable_diffusion
 
 from dpok_trl import DPOKConfig, DPOKTrainer, cli, evaluate
 from dpok_trl.commands import evaluate as command
+from dpok_trl.policy.saved import find_model
 
 
 def red(images, prompts, metadata):
@@ -132,11 +133,15 @@ def test_errors_are_one_line(capsys, argv, message):
 
 def test_folders_without_weights_and_of_another_model(world, tmp_path, capsys):
     folder, _ = world
-    with pytest.raises(FileNotFoundError, match="holds no weights .* and no whole checkpoint"):
-        command.find_weights(str(tmp_path))
+    with pytest.raises(
+        FileNotFoundError, match="holds no model: no pytorch_lora_weights.safetensors, .* and no whole checkpoint"
+    ):
+        find_model(str(tmp_path))
     (tmp_path / "adapter.safetensors").touch()
     with pytest.raises(FileNotFoundError, match="is a file. Give the folder"):
-        command.find_weights(str(tmp_path / "adapter.safetensors"))
+        find_model(str(tmp_path / "adapter.safetensors"))
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "adapter_model.safetensors").touch()
     argv = [tmp_path, "--base", folder / "base", "--prompts", "a", "--reward", "jpeg-compressibility"]
     assert cli.main(["evaluate", *map(str, argv)]) == 2
     error = capsys.readouterr().err
@@ -148,9 +153,9 @@ def test_folders_without_weights_and_of_another_model(world, tmp_path, capsys):
 
 def test_the_newest_checkpoint_of_a_run_is_taken(world):
     folder, _ = world
-    assert command.find_weights(str(folder / "lora")) == folder / "lora" / "checkpoint-1"
-    assert command.find_weights(str(folder / "full")) == folder / "full" / "checkpoint-1"
-    assert command.find_weights(str(folder / "full-model")) == folder / "full-model"
+    assert find_model(str(folder / "lora")) == folder / "lora" / "checkpoint-1"
+    assert find_model(str(folder / "full")) == folder / "full" / "checkpoint-1"
+    assert find_model(str(folder / "full-model")) == folder / "full-model"
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from dpok_trl.policy.policy import Policy
-    from dpok_trl.policy.tuning import Tuned
 
 
 HELP = "compare a tuned model with the one it was made from: same prompts, same seeds"
@@ -23,7 +21,6 @@ HELP = "compare a tuned model with the one it was made from: same prompts, same 
 DEMO = "demo"
 SETS = {"prompts": "training", "held_out": "held-out", "paraphrased": "paraphrased"}  # option -> name of the set
 PROMPTS = "prompts, files of them (txt, csv, json ...), or names of shipped lists"
-CONFIG_FILE, STATE_FILE = "dpok_config.json", "trainer_state.json"  # beside a saved model, and in a checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--base",
-        required=True,
-        help=f"the pretrained pipeline: Hub id, folder, or '{DEMO}' for the one that is shipped",
+        help=f"the pretrained pipeline: Hub id, folder, or '{DEMO}' for the one that is shipped (default: what the model says it was trained on)",
     )
     parser.add_argument("--prompts", nargs="+", metavar="PROMPT", help=f"those that were trained on: {PROMPTS}")
     parser.add_argument("--held-out", nargs="+", metavar="PROMPT", help="others, likewise")
@@ -68,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
+    from dpok_trl.policy.saved import base_model, find_model
     from dpok_trl.results.evaluation import evaluate
     from dpok_trl.results.prompt_sets import read_prompt_sets, refuse_training_prompts
 
@@ -83,7 +80,12 @@ def _run(args: argparse.Namespace) -> int:
             f"no reward was given: give one or more with --reward (trained on) or --held-out-reward. There are: {', '.join(SHIPPED)}; 'module:function' and "
             "'http://...' work too."
         )
-    folder = find_weights(args.model)
+    folder = find_model(args.model)
+    args.base = args.base or base_model(folder)
+    if args.base is None:
+        raise ValueError(
+            f"neither a model card nor a checkpoint in {folder} says which pipeline this was trained on: give it with --base."
+        )
     print(f"Loading {args.base} and {folder} ...", flush=True)
     policy = load_policy(args, folder, device)
     count = sum(map(len, sets.values())) * args.images
@@ -142,45 +144,12 @@ def load_rewards(names: list[str], device: torch.device) -> list[Callable[..., A
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def find_weights(model: str) -> Path:
-    """The folder with what was trained: the given one, or the newest whole checkpoint in it.
-
-    Raises:
-        `FileNotFoundError`: If there is none.
-    """
-    from dpok_trl.training.checkpoint import find_checkpoint
-
-    path = Path(model).expanduser()
-    if not path.exists():
-        if model.startswith((".", "~", "/")) or model.count("/") != 1:
-            raise FileNotFoundError(f"there is no folder {model}, and a Hub id has the form owner/name.")
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(model))
-    if path.is_file():
-        raise FileNotFoundError(f"{model} is a file. Give the folder that it is in.")
-    if any(path.glob("*.safetensors")) or (any(path.glob("*/*.safetensors")) and not any(path.glob("checkpoint-*"))):
-        return path
-    try:
-        return find_checkpoint(path)
-    except ValueError as error:
-        raise FileNotFoundError(f"{model} holds no weights (*.safetensors) and no whole checkpoint.") from error
-
-
-def saved_settings(folder: Path) -> dict[str, Any]:
-    """The config of the run that left a folder, flat; empty where it is not there."""
-    if (folder / CONFIG_FILE).is_file():
-        return json.loads((folder / CONFIG_FILE).read_text())
-    if (folder / STATE_FILE).is_file():
-        return json.loads((folder / STATE_FILE).read_text())["config"]
-    return {}
-
-
 def load_policy(args: argparse.Namespace, folder: Path, device: torch.device) -> Policy:
     """The tuned policy, sampled as in its training but for what the options say."""
     from dpok_trl.demo import demo_pipeline_path, load_demo_pipeline
-    from dpok_trl.policy.loading import load_pipeline
+    from dpok_trl.policy.loading import load_pipeline, load_trained
     from dpok_trl.policy.policy import Policy
+    from dpok_trl.policy.saved import saved_settings
 
     settings = saved_settings(folder)
     if args.base == DEMO and args.dtype is None:
@@ -189,7 +158,7 @@ def load_policy(args: argparse.Namespace, folder: Path, device: torch.device) ->
         pipe = load_pipeline(demo_pipeline_path() if args.base == DEMO else args.base, args.dtype)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    tuned = load_tuned(pipe, folder)
+    tuned = load_trained(pipe, folder)
     names = {"kind": "sample_transition", "eta": "sample_eta", "noise_level": "sample_noise_level"}
     names |= {"min_std": "sample_min_std", "fp32_latents": "sample_fp32_latents"}
     noise = {argument: settings[name] for argument, name in names.items() if name in settings}
@@ -210,42 +179,3 @@ def call_arguments(args: argparse.Namespace, pipe: DiffusionPipeline, settings: 
     if settings.get("negative_prompts"):
         arguments["negative_prompt"] = settings["negative_prompts"]
     return arguments
-
-
-def load_tuned(pipe: DiffusionPipeline, folder: Path) -> Tuned:
-    """Loads what `save_model` or a checkpoint holds: a LoRA file, adapters in peft's layout, or whole denoisers.
-
-    Raises:
-        `FileNotFoundError`: If the folder has none of them for this pipeline.
-    """
-    from peft import LoraConfig
-
-    from dpok_trl.policy.hooks import PipelineHooks
-    from dpok_trl.policy.lora import adapter_name, prepare_adapter
-    from dpok_trl.policy.lora_files import LORA_FILE, PEFT_FILE, load_lora, text_encoders_with_lora
-    from dpok_trl.policy.tuning import Tuned, tune
-
-    denoisers = PipelineHooks().denoisers(pipe)
-    if (folder / LORA_FILE).is_file():
-        pipe.load_lora_weights(str(folder), weight_name=LORA_FILE)
-        for name in denoisers:
-            file = LORA_FILE.replace(".", f"_{name}.")
-            if (folder / file).is_file():  # a second expert
-                pipe.load_lora_weights(str(folder), weight_name=file, **{f"load_into_{name}": True})
-        encoders = text_encoders_with_lora(pipe)
-        return Tuned(denoisers, {name: one for name, one in encoders.items() if adapter_name(one) is not None})
-    if all((folder / name / PEFT_FILE).is_file() for name in denoisers):
-        for name, module in denoisers.items():
-            prepare_adapter(module, LoraConfig.from_pretrained(str(folder / name)))
-        load_lora(pipe, denoisers, folder)
-        return Tuned(denoisers)
-    if all((folder / name / "config.json").is_file() for name in denoisers):
-        tuned = tune(pipe, denoisers, full=True)
-        tuned.load(pipe, folder)
-        return tuned
-    looked_for = ", ".join(
-        [LORA_FILE, *(f"{name}/{PEFT_FILE}" for name in denoisers), *(f"{name}/config.json" for name in denoisers)]
-    )
-    raise FileNotFoundError(
-        f"{folder} holds nothing that was trained of this {type(pipe).__name__}: looked for {looked_for}."
-    )

@@ -54,7 +54,7 @@ def save_lora(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module], folder:
         if place == name:
             together.update(_arguments(name, module))
         elif place is not None:
-            type(pipe).save_lora_weights(str(folder), **_arguments(place, module), weight_name=_file_of(name))
+            type(pipe).save_lora_weights(str(folder), **_arguments(place, module), weight_name=file_of(name))
         else:
             _save_peft(module, Path(folder) / name)
     if together:
@@ -74,7 +74,7 @@ def load_lora(pipe: DiffusionPipeline, modules: Mapping[str, nn.Module], folder:
         elif place == name:
             file, prefix = Path(folder) / LORA_FILE, f"{name}."
         else:
-            file, prefix = Path(folder) / _file_of(name), f"{place}."
+            file, prefix = Path(folder) / file_of(name), f"{place}."
         tensors = {key.removeprefix(prefix): value for key, value in load_file(file).items() if key.startswith(prefix)}
         load_lora_state_dict(module, tensors)
 
@@ -88,7 +88,7 @@ def loading_code(pipe: DiffusionPipeline, names: Iterable[str], repository: str)
             lines.append(f'pipe.load_lora_weights("{repository}")')
         elif place is not None:
             lines.append(
-                f'pipe.load_lora_weights("{repository}", weight_name="{_file_of(name)}", load_into_{name}=True)'
+                f'pipe.load_lora_weights("{repository}", weight_name="{file_of(name)}", load_into_{name}=True)'
             )
         else:
             lines.append("from peft import PeftModel")
@@ -119,7 +119,7 @@ def load_lora_state_dict(module: nn.Module, state_dict: dict[str, torch.Tensor])
     set_peft_model_state_dict(module, state_dict, adapter_name=adapter_name(module))
 
 
-def _file_of(name: str) -> str:
+def file_of(name: str) -> str:
     return LORA_FILE.replace(".", f"_{name}.")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from dpok_trl.policy.saved import STATE_FILE, checkpoints_in, find_checkpoint, step_of
 from dpok_trl.results.runlog import METRICS_FILE
 
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "trainer_state.json"
 REFERENCE_FILE = "reference.safetensors"  # trained weights of a reference that has moved
 VALUE_FILE = "value_function.pt"  # network, optimizer and target statistics
 
@@ -50,6 +49,7 @@ class Checkpoints:
         trainer, accelerator = self.trainer, self.trainer.accelerator
         final = self.folder / f"checkpoint-{trainer.global_step}"
         unfinished = self.folder / f"unfinished-checkpoint-{trainer.global_step}"
+        callbacks = trainer.callbacks.state_dict(final)
         if accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
@@ -58,11 +58,13 @@ class Checkpoints:
         trainer.experience.save(unfinished)
         accelerator.wait_for_everyone()  # save_state ends without a barrier
         if accelerator.is_main_process:
-            (unfinished / STATE_FILE).write_text(json.dumps(self._state(unfinished), indent=2, default=str))
+            state = {**self._state(unfinished), "callbacks": callbacks}
+            (unfinished / STATE_FILE).write_text(json.dumps(state, indent=2, default=str))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(unfinished, final)
             for path in self._all()[: -self.limit]:
-                shutil.rmtree(path)
+                if str(path) != callbacks["best_model_checkpoint"]:
+                    shutil.rmtree(path)
         accelerator.wait_for_everyone()
         return final
 
@@ -73,6 +75,7 @@ class Checkpoints:
             "global_step": trainer.global_step,
             "seconds": trainer.seconds,
             "num_processes": trainer.accelerator.num_processes,
+            "base_model": trainer.pipeline.config.get("_name_or_path"),
             "reanchor": trainer.experience.reanchor,
             "prompts": trainer.prompts.state_dict(),
             "kl_weight": trainer.kl_weight,
@@ -144,6 +147,7 @@ class Checkpoints:
             trainer.experience.reanchor = state["reanchor"]
         trainer.prompts.load_state_dict(state["prompts"])
         trainer.kl_weight = state["kl_weight"]
+        trainer.callbacks.load_state_dict(state["callbacks"])
         trainer.experience.load(checkpoint)
         if trainer.stat_tracker is not None and state["stat_tracker"] is not None:
             trainer.stat_tracker.load_state_dict(state["stat_tracker"])
@@ -168,7 +172,7 @@ class Checkpoints:
     def _set_later_ones_aside(self) -> None:
         """Checkpoints that come after the resumed one are another run's future: kept, but not resumed from or rotated again."""
         for path in self._all():
-            if _step_of(path) > self.trainer.global_step:
+            if step_of(path) > self.trainer.global_step:
                 aside = path.with_name(f"superseded-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)
@@ -188,7 +192,7 @@ class Checkpoints:
             )
 
     def _all(self) -> list[Path]:
-        return _checkpoints_in(self.folder)
+        return checkpoints_in(self.folder)
 
 
 # Settings that may change between the parts of a run without changing what it computes.
@@ -207,11 +211,14 @@ FREE_SETTINGS = (
     "eval_num_images_per_prompt",
     "eval_batch_size",
     "eval_num_steps",
+    "metric_for_best_model",
+    "greater_is_better",
     "log_gradient_cosine_freq",
     "tracker_project_name",
     "push_to_hub",
     "hub_model_id",
     "hub_private_repo",
+    "hub_strategy",
 )
 
 
@@ -224,57 +231,3 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         free.remove("num_epochs")  # the learning rate falls until the last epoch
     relevant = [n for n in names if n not in free and not n.startswith(("tracker_kwargs/", "project_kwargs/"))]
     return [f"{n} ({saved.get(n)} -> {now.get(n)})" for n in relevant if saved.get(n) != now.get(n)]
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint at `path`, or the newest whole one in it or (if `path` is half-written) beside it."""
-    path = Path(path)
-    is_checkpoint = _step_of(path) is not None
-    if is_checkpoint and (problem := what_is_missing(path)) is None:
-        return path
-    candidates = _checkpoints_in(path.parent if is_checkpoint else path)[::-1]
-    problems = []
-    for candidate in candidates:
-        missing = what_is_missing(candidate)
-        if missing is None:
-            for skipped in problems:
-                logger.warning("%s; resuming from %s instead", skipped, candidate)
-            if is_checkpoint and not path.exists():
-                logger.warning("%s does not exist; resuming from %s instead", path, candidate)
-            return candidate
-        problems.append(f"{candidate} is not whole ({missing})")
-    raise ValueError(
-        f"nothing to resume from at '{path}': "
-        + ("; ".join(problems) if problems else (problem if is_checkpoint else "there is no checkpoint-<step> in it"))
-        + ". Give a checkpoint, a folder with checkpoints, or start without resume."
-    )
-
-
-def what_is_missing(checkpoint: Path) -> str | None:
-    """Why a checkpoint is not whole, `None` if it is."""
-    state_file = checkpoint / STATE_FILE
-    if not state_file.is_file():
-        return f"{STATE_FILE} is missing" if checkpoint.exists() else "it does not exist"
-    try:
-        files = json.loads(state_file.read_text())["files"]
-    except (ValueError, KeyError, TypeError):  # no JSON, no text, or not an object with that key
-        return f"{STATE_FILE} is cut off"
-    for name, size in files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-    return None
-
-
-def _step_of(path: Path) -> int | None:
-    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-    return int(match.group(1)) if match else None
-
-
-def _checkpoints_in(folder: Path) -> list[Path]:
-    """Oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted((p for p in folder.iterdir() if p.is_dir() and _step_of(p) is not None), key=_step_of)
