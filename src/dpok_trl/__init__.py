@@ -30,6 +30,7 @@ _MODULE_OF = {
     "RatioError": "dpok_trl.training.ratio",
     "PipelineReport": "dpok_trl.policy.check",
     "check_pipeline": "dpok_trl.policy.check",
+    "load_tuned": "dpok_trl.policy.loading",
     "Gaussian": "dpok_trl.core.gaussian",
     "evaluate": "dpok_trl.results.evaluation",
     "Evaluation": "dpok_trl.results.evaluation",
@@ -72,6 +73,7 @@ __all__ = [
     "PipelineHooks",
     "PipelineReport",
     "check_pipeline",
+    "load_tuned",
     "Gaussian",
     "evaluate",
     "Evaluation",
@@ -109,6 +111,7 @@ if TYPE_CHECKING:
     from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline, DPOKPipelineOutput
     from dpok_trl.policy.errors import ReplayError, UnsupportedPipelineError
     from dpok_trl.policy.hooks import PipelineHooks
+    from dpok_trl.policy.loading import load_tuned
     from dpok_trl.policy.policy import Policy
     from dpok_trl.policy.schedulers import DPOKSchedulerOutput, UnsupportedSchedulerError, scheduler_step
     from dpok_trl.prompts.datasets import load_prompts
