@@ -17,13 +17,34 @@ from dpok_trl import __version__
 
 COMMANDS = {
     "demo": "dpok_trl.demo.command",
+    "train": "dpok_trl.commands.train",
+    "sample": "dpok_trl.commands.sample",
     "check": "dpok_trl.commands.check",
     "evaluate": "dpok_trl.commands.evaluate",
+    "push": "dpok_trl.commands.push",
     "rewards": "dpok_trl.commands.rewards",
     "serve-reward": "dpok_trl.commands.serve_reward",
+    "env": "dpok_trl.commands.env",
+    "completion": "dpok_trl.commands.completion",
+}
+
+# command -> what to type, under its `--help`
+EXAMPLES = {
+    "demo": "dpok-trl demo --prompt 'four circles' --output four-circles",
+    "train": "dpok-trl train --config recipe.yaml --num_epochs 20 --kl_weight 0.02",
+    "sample": "dpok-trl sample rabbit-lora --prompts 'A green colored rabbit.' --images 4 --output rabbits.png",
+    "check": "dpok-trl check stable-diffusion-v1-5/stable-diffusion-v1-5 --scheduler DDIM --dtype bf16",
+    "evaluate": "dpok-trl evaluate rabbit-lora --prompts 'A green colored rabbit.' --held-out animals --reward image-reward --held-out-reward aesthetic",
+    "rewards": "dpok-trl rewards score clip-score --prompt 'a red circle' one.png two.png",
+    "serve-reward": "dpok-trl serve-reward hpsv2.1 --host 0.0.0.0 --device cuda:1",
+    "push": "dpok-trl push rabbit-lora me/rabbit-lora --private",
+    "report": "dpok-trl report logs/rabbit",
+    "env": "dpok-trl env",
+    "completion": 'eval "$(dpok-trl completion bash)"',
 }
 
 USER_ERROR = 2  # argparse's own code for arguments it does not take
+DEBUG = "--debug"
 INTERRUPTED = 130  # what a shell reports of a program that ended by Ctrl-C
 
 # Raised in words for something the user can mend; this package's own exception classes count as well.
@@ -60,9 +81,19 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Refuses what it does not know by itself, with its own usage; argparse leaves that to the program's parser."""
+    """Refuses what it does not know by itself, with its own usage; argparse leaves that to the program's parser.
+
+    With `takes_all`, the command reads its arguments itself, `--help` too: they are `args.arguments`.
+    """
+
+    takes_all = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        if self.takes_all:
+            namespace, _ = super().parse_known_args([], namespace)
+            namespace.arguments = [word for word in args if word != DEBUG]
+            namespace.debug = DEBUG in args
+            return namespace, []
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -83,11 +114,12 @@ def build_parser() -> argparse.ArgumentParser:
             name,
             help=module.HELP,
             description=module.HELP,
+            epilog=f"example: {EXAMPLES[name]}",
             allow_abbrev=False,
             formatter_class=HelpFormatter,
         )
         module.add_arguments(command)
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.add_argument(DEBUG, action="store_true", help="show the traceback of an error")
         command.set_defaults(run=module.run)
     return parser
 
