@@ -1,112 +1,207 @@
-"""What a run looks like: one HTML page that needs nothing but itself, and its pictures as files."""
+"""What a run looks like: one HTML page that needs nothing but itself, made from the files in the run's folder."""
 
 from __future__ import annotations
 
 import base64
-import importlib.metadata
-import io
+import json
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
 from dpok_trl import __version__
 from dpok_trl.core.gaussian import Reduction
-from dpok_trl.results.curves import DARK, LIGHT, draw_curves
+from dpok_trl.results.curves import DARK, LIGHT, draw_curves, draw_panels
 from dpok_trl.results.evaluation import Comparison, Evaluation
 from dpok_trl.results.evaluation_files import best_of_rows, notes, score_change, score_rows
-from dpok_trl.results.pictures import PAIR_COLUMNS, to_pil
+from dpok_trl.results.pictures import to_pil
+from dpok_trl.results.provenance import machine, versions
 from dpok_trl.results.runlog import METRICS_FILE, format_reward, read_metrics
+from dpok_trl.results.samples import png, read_samples, sampled_epochs, smaller
 
 
 REPORT_FILE = "report.html"
+CONTENT_FILE = "report.json"
 LARGEST_PICTURE = 256  # pixels on the page; a page of 32 pictures of 1024 pixels would weigh 60 MB
 SMALL_PICTURE = 128  # pixels; up to here a picture is shown with square pixels instead of being blurred
+SAMPLES_SHOWN = 8  # of an epoch
 
 
 def write_report(
     run_folder: str | Path,
-    title: str,
+    title: str | None = None,
     *,
     evaluation: Evaluation | None = None,
-    summary: str = "",
+    summary: str | None = None,
     command: str | None = None,
     config: Mapping[str, Any] | None = None,
     facts: Mapping[str, str] | None = None,
-    reduction: Reduction = "mean",
-    device: str | torch.device = "cpu",
+    reduction: Reduction | None = None,
+    device: str | torch.device | None = None,
 ) -> Path:
     """Writes `report.html`, and `curves.png` and the files of the evaluation beside it.
 
-    The page is one file: pictures are in it, it loads nothing, runs no script, and follows the reader's light or dark setting.
+    The page is one file: pictures are in it, it loads nothing, runs no script, and follows the reader's light or dark setting. Curves and samples come
+    from `metrics.jsonl` and `samples.parquet`; all else is kept in `report.json`, so that [`render_report`] can make the page again from the folder
+    alone. What is not given stays as it was there.
 
     Args:
-        run_folder (`str` or `Path`): Where the files go; the curves are drawn from the `metrics.jsonl` in it, if there is one.
-        title (`str`)
+        run_folder (`str` or `Path`): Where the files go.
+        title (`str`, *optional*): By default the name of the folder.
         evaluation ([`Evaluation`], *optional*): Gives the scores and the pictures before and after.
         summary (`str`, *optional*): A sentence or two under the title.
         command (`str`, *optional*): What to type for the same run.
         config (`Mapping[str, Any]`, *optional*): Every setting.
-        facts (`Mapping[str, str]`, *optional*): Further rows about the run, such as its wall time; versions and machine are added.
-        reduction (`"mean"` or `"sum"`): Of the KL in `metrics.jsonl`, for its unit.
-        device (`str` or `torch.device`): Where the run took place.
+        facts (`Mapping[str, str]`, *optional*): Further rows about the run, such as its wall time.
+        reduction (`"mean"` or `"sum"`, *optional*): Of the KL in `metrics.jsonl`, for its unit. By default `"mean"`.
+        device (`str` or `torch.device`, *optional*): Where the run took place; versions and machine are told with it.
 
     Returns:
         `Path`: The page.
     """
+    describe_run(
+        run_folder,
+        title=title,
+        evaluation=evaluation,
+        summary=summary,
+        command=command,
+        config=config,
+        facts=facts,
+        reduction=reduction,
+        device=device,
+    )
     folder = Path(run_folder)
-    values: dict[str, Any] = {
-        "title": title,
-        "summary": summary,
-        "command": command,
-        "config": [(name, str(value)) for name, value in (config or {}).items()],
-        "facts": [*(facts or {}).items(), *environment(torch.device(device)).items()],
+    if evaluation is not None:
+        evaluation.save(folder)
+    if (folder / METRICS_FILE).exists():
+        (folder / "curves.png").write_bytes(draw_curves(read_metrics(folder), reduction or "mean"))
+    return render_report(folder)
+
+
+def describe_run(
+    run_folder: str | Path,
+    *,
+    evaluation: Evaluation | None = None,
+    device: str | torch.device | None = None,
+    **said: Any,
+) -> None:
+    """Keeps in `report.json` what no other file of the run says; see [`write_report`] for what it takes. Makes no page."""
+    folder = Path(run_folder)
+    content = _read_content(folder)
+    content.update({name: value for name, value in said.items() if value is not None and name != "config"})
+    if said.get("config") is not None:
+        content["config"] = {name: str(value) for name, value in said["config"].items()}
+    if device is not None:
+        found = versions()
+        content["environment"] = {
+            "Versions": ", ".join(f"{name} {version}" for name, version in found.items()),
+            "Machine": f"{machine(torch.device(device))}; {os.cpu_count()} cores",
+        }
+    if evaluation is not None:
+        content["tiles"] = _tiles(evaluation)
+        content["sets"] = [_set_values(name, comparison) for name, comparison in evaluation.sets.items()]
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{CONTENT_FILE}.tmp"
+    temporary.write_text(json.dumps(content, default=str), encoding="utf-8")
+    os.replace(temporary, folder / CONTENT_FILE)
+
+
+def render_report(run_folder: str | Path, page: str | Path | None = None) -> Path:
+    """Makes the page from what the folder holds. No model is loaded.
+
+    Args:
+        run_folder (`str` or `Path`)
+        page (`str` or `Path`, *optional*): Default: `report.html` in the folder.
+
+    Returns:
+        `Path`: The page.
+
+    Raises:
+        `FileNotFoundError`: If the folder is not there, or holds no run.
+        `ValueError`: If `metrics.jsonl` is damaged; see [`read_metrics`].
+    """
+    folder = Path(run_folder)
+    has_metrics = (folder / METRICS_FILE).exists()
+    if not has_metrics and not (folder / CONTENT_FILE).exists():
+        what = f"it holds neither {METRICS_FILE} nor {CONTENT_FILE}" if folder.is_dir() else "there is no such folder"
+        raise FileNotFoundError(f"{folder} is no run: {what}. Give the output_dir of a run.")
+    content = _read_content(folder)
+    metrics = read_metrics(folder) if has_metrics else []
+    values = {
+        "title": content.get("title") or folder.resolve().name,
+        "summary": content.get("summary"),
+        "command": content.get("command"),
+        "config": list(content.get("config", {}).items()),
+        "facts": [
+            *content.get("facts", {}).items(),
+            *_progress(metrics).items(),
+            *content.get("environment", {}).items(),
+        ],
+        "tiles": content.get("tiles", []),
+        "sets": content.get("sets", []),
+        "samples": _samples(folder),
+        "panels": [
+            Markup(panel) for panel in draw_panels(metrics, content.get("reduction", "mean"))
+        ],  # drawn here, not text of others
         "version": __version__,
         "light": LIGHT,
         "dark": DARK,
-        "tiles": [],
-        "sets": [],
-        "curves_light": None,
     }
-    if evaluation is not None:
-        values["tiles"] = _tiles(evaluation)
-        values["sets"] = [_set_values(name, comparison) for name, comparison in evaluation.sets.items()]
-        evaluation.save(folder)
-    if (folder / METRICS_FILE).exists():
-        metrics = read_metrics(folder)
-        curves = draw_curves(metrics, reduction, LIGHT)
-        (folder / "curves.png").write_bytes(curves)
-        values["curves_light"] = _data_uri(curves)
-        values["curves_dark"] = _data_uri(draw_curves(metrics, reduction, DARK))
-        values["curves_alt"] = _in_words(metrics)
     templates = Environment(
         loader=PackageLoader("dpok_trl.results"),
         autoescape=True,  # prompts and paths may hold anything
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    page = folder / REPORT_FILE
-    page.write_text(templates.get_template("report.html.j2").render(values), encoding="utf-8")
+    page = folder / REPORT_FILE if page is None else Path(page)
+    temporary = page.with_name(f"{page.name}.tmp")  # a reader, or a run that is killed here, never has half a page
+    temporary.write_text(templates.get_template("report.html.j2").render(values), encoding="utf-8")
+    os.replace(temporary, page)
     return page
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Versions and machine, as rows for the page."""
-    names = ("torch", "diffusers", "transformers", "accelerate", "peft")
-    if device.type == "cuda":
-        what = torch.cuda.get_device_name(device)
-    else:
-        threads = torch.get_num_threads()
-        what = f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"
-    return {
-        "Versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names),
-        "Machine": f"{what}; {os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}",
-    }
+def _read_content(folder: Path) -> dict[str, Any]:
+    path = folder / CONTENT_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _progress(metrics: list[dict[str, Any]]) -> dict[str, str]:
+    """How far the run has come, and in which time."""
+    if not metrics:
+        return {}
+    epochs = len({line["epoch"] for line in metrics if "epoch" in line})
+    said = [
+        f"{epochs} epoch{'s' if epochs != 1 else ''}",
+        f"{max(line['step'] for line in metrics):,} optimizer steps",
+    ]
+    images = [line["images"] for line in metrics if "images" in line]
+    rows = {"Training": ", ".join([*said, *([f"{max(images):,} images"] if images else [])])}
+    seconds = sum(value for line in metrics for name, value in line.items() if name.startswith("time/"))
+    return {**rows, "Time in all phases": f"{seconds:,.0f} s"} if seconds else rows
+
+
+def _samples(folder: Path) -> list[dict[str, Any]]:
+    """Pictures of the first and of the last sampled epoch."""
+    epochs = sampled_epochs(folder)
+    shown = []
+    for epoch in sorted({*epochs[:1], *epochs[-1:]}):
+        rows = read_samples(folder, epoch)[:SAMPLES_SHOWN]
+        pictures = [
+            {
+                "source": _picture_uri(row["image"]),
+                "small": max(row["image"].size) <= SMALL_PICTURE,
+                "prompt": row["prompt"],
+                "reward": format_reward(row["reward"]),
+            }
+            for row in rows
+        ]
+        shown.append({"epoch": epoch, "pictures": pictures})
+    return shown
 
 
 def _tiles(evaluation: Evaluation) -> list[tuple[str, str]]:
@@ -134,7 +229,7 @@ def _set_values(name: str, comparison: Comparison) -> dict[str, Any]:
         for row, before, after in zip(comparison.shown, befores, afters, strict=True)
     ]
     several = len(set(comparison.prompts)) > 1
-    note = "Each column is one seed. "
+    note = "Above the pretrained model, below the tuned one, from the same seed. "
     if len(pairs) < len(comparison):
         note += f"{len(pairs)} of the {len(comparison)} pairs, evenly spaced, not selected. "
     if not several:
@@ -148,25 +243,8 @@ def _set_values(name: str, comparison: Comparison) -> dict[str, Any]:
         "pairs": pairs,
         "pairs_note": note,
         "several_prompts": several,
-        "columns": min(PAIR_COLUMNS, len(pairs)),
     }
 
 
-def _in_words(metrics: list[dict[str, Any]]) -> str:
-    """The curves for those who cannot see them."""
-    rewards = [line["reward"] for line in metrics if "reward" in line]
-    if not rewards:
-        return "Training curves"
-    return f"Training curves. The mean reward goes from {rewards[0]:.3g} in the first of {len(rewards)} epochs to {rewards[-1]:.3g} in the last."
-
-
 def _picture_uri(picture: Image.Image) -> str:
-    picture = picture.copy()
-    picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return _data_uri(buffer.getvalue())
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return "data:image/png;base64," + base64.b64encode(png(smaller(picture, LARGEST_PICTURE))).decode()

@@ -1,28 +1,27 @@
-"""What a run writes down while it goes: `metrics.jsonl` and `samples/`, with or without a tracker."""
+"""What a run writes down while it goes: `metrics.jsonl`, `config.yaml`, `samples/` and `samples.parquet`, with or without a tracker."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import numbers
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import yaml
 from PIL import Image
 
 from dpok_trl.results.pictures import picture_grid, to_pil
+from dpok_trl.results.samples import Samples, epoch_files, write_samples
 
-
-logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-GRID_SIZE = 16  # pictures in a sample grid
+CONFIG_FILE = "config.yaml"
+SECRET = re.compile(r"(?i)(api_?key|token|secret|password)s?$")  # names of settings whose values nobody else may see
 
 
 class RunLog:
@@ -66,7 +65,11 @@ class RunLog:
     def keep_epochs(self, epochs: int, step: int) -> None:
         """Keeps the lines of the first `epochs` epochs, which ended at `step`: a resumed run is about to write the later ones again. All or
         nothing, whenever it is interrupted. By epoch and not by step, for an epoch's sampling is logged at the step at which the one before
-        ended; a line without an epoch (from a user's hook, which is called there) is kept if it is from before that step."""
+        ended; a line without an epoch (from a user's hook, which is called there) is kept if it is from before that step. Samples of the
+        later epochs go too."""
+        for epoch, path in epoch_files(self.folder):
+            if epoch >= epochs:
+                path.unlink()
         if not self.path.exists():
             return
         kept = [
@@ -78,34 +81,33 @@ class RunLog:
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.path)
 
-    def sample_grid(
-        self, images: torch.Tensor, prompts: Sequence[str], rewards: Sequence[float] | torch.Tensor, epoch: int
-    ) -> Image.Image:
-        """Writes `samples/epoch-0007.png`: the first sixteen images with reward and prompt. Returns it.
-
-        Args:
-            images (`torch.Tensor` of shape `(B, 3, H, W)`): In [0, 1].
-            prompts (`Sequence[str]` of length `B`): Where all are the same, the prompt stands once, over the grid.
-            rewards (`Sequence[float]` or `torch.Tensor` of length `B`)
-            epoch (`int`): Counted from 0.
-        """
-        if not len(images) == len(prompts) == len(rewards):
-            raise ValueError(
-                f"images, prompts and rewards must be equally many, got {len(images)}, {len(prompts)} and {len(rewards)}"
-            )
-        values = [format_reward(float(reward)) for reward in rewards[:GRID_SIZE]]
-        title = f"epoch {epoch}"
-        if len(set(prompts)) == 1:
-            title = f"{prompts[0]}  ·  {title}"
-            captions = [(value, "") for value in values]
+    def log_samples(self, samples: Samples) -> Image.Image:
+        """Writes `samples/epoch-0007.png`, a grid with reward and prompt of each picture, and `samples.parquet/epoch-0007.parquet`. Returns the grid."""
+        title = f"epoch {samples.epoch}"
+        heads = [format_reward(reward) for reward in samples.rewards]
+        if len(set(samples.prompts)) == 1:  # the prompt stands once, over the grid
+            title = f"{samples.prompts[0]}  ·  {title}"
+            captions = [(head, "") for head in heads]
         else:
-            captions = [(value, prompt) for value, prompt in zip(values, prompts[:GRID_SIZE], strict=True)]
-        columns = 4 if len(values) <= 8 else 8
-        grid = picture_grid(to_pil(images[:GRID_SIZE]), captions, columns, title)
+            captions = list(zip(heads, samples.prompts, strict=True))
+        columns = 4 if len(samples) <= 8 else 8
+        grid = picture_grid(samples.pictures, captions, columns, title)
         folder = self.folder / "samples"
         folder.mkdir(exist_ok=True)
-        grid.save(folder / f"epoch-{epoch:04d}.png")
+        grid.save(folder / f"epoch-{samples.epoch:04d}.png")
+        write_samples(self.folder, samples)
         return grid
+
+    def write_config(self, settings: Mapping[str, Any]) -> None:
+        """Writes `config.yaml`, which `TrlParser` reads by `--config`. Secrets are left out.
+
+        Args:
+            settings (`Mapping[str, Any]`): Of the config, nested as its fields are.
+        """
+        content = yaml.safe_dump(without_secrets(settings), sort_keys=False, allow_unicode=True, width=120)
+        temporary = self.folder / f"{CONFIG_FILE}.tmp"
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, self.folder / CONFIG_FILE)
 
     def log_images(self, values: Mapping[str, torch.Tensor], step: int | None = None) -> None:
         """Writes PNGs to `samples/hook/`: what DDPO's image hooks call on a tracker, for a run without one.
@@ -146,53 +148,15 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return metrics
 
 
+def without_secrets(settings: Any) -> Any:
+    """A copy without the entries, at any depth, whose names end in "api_key", "token", "secret" or "password"."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {name: without_secrets(value) for name, value in settings.items() if not SECRET.search(str(name))}
+
+
 def format_reward(value: float) -> str:
     """A reward in three significant digits, so that 0.004 and 23 both say something; NaN says so."""
     if not math.isfinite(value):
         return str(value)
     return f"{value:.2f}" if 0.1 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
-
-
-_warned: set[str] = set()
-
-
-def log_images_to(
-    trackers: Sequence[Any], key: str, images: Sequence[Image.Image], captions: Sequence[str], step: int
-) -> None:
-    """Logs pictures to accelerate's trackers, each of which wants another form. Call it on the main process.
-
-    Args:
-        trackers (`Sequence[accelerate.tracking.GeneralTracker]`): `accelerator.trackers`. TensorBoard gets an array (it has no captions),
-            W&B and trackio lists of their own image types; for any other tracker a warning says, once, that it gets no pictures.
-        key (`str`): Such as `"samples"`.
-        images (`Sequence[PIL.Image.Image]`): Of one size.
-        captions (`Sequence[str]`): One for each.
-        step (`int`)
-    """
-    if len(images) != len(captions):
-        raise ValueError(f"{len(images)} images and {len(captions)} captions are not one for one")
-    for tracker in trackers:
-        if tracker.name == "tensorboard":
-            array = np.stack([np.asarray(image.convert("RGB")) for image in images])
-            tracker.log_images({key: array}, step=step, dataformats="NHWC")
-        elif tracker.name in ("wandb", "trackio"):
-            make = _image_type(tracker.name)
-            pairs = zip(images, captions, strict=True)
-            tracker.log({key: [make(image, caption=caption) for image, caption in pairs]}, step=step)
-        elif tracker.name not in _warned:
-            _warned.add(tracker.name)
-            logger.warning(
-                "no pictures are sent to the tracker %s: only tensorboard, wandb and trackio get them. They are in the run's "
-                "samples folder.",
-                tracker.name,
-            )
-
-
-def _image_type(name: str) -> Any:
-    if name == "wandb":
-        import wandb
-
-        return wandb.Image
-    import trackio
-
-    return trackio.Image
