@@ -21,6 +21,7 @@ COMMANDS = {
     "sample": "dpok_trl.commands.sample",
     "check": "dpok_trl.commands.check",
     "evaluate": "dpok_trl.commands.evaluate",
+    "report": "dpok_trl.commands.report",
     "push": "dpok_trl.commands.push",
     "rewards": "dpok_trl.commands.rewards",
     "serve-reward": "dpok_trl.commands.serve_reward",
