@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
+from dpok_trl.policy.saved import MODEL_FOLDER
 from dpok_trl.policy.tuning import Tuned
-from dpok_trl.results.hub import push_folder, write_model_card
+from dpok_trl.results.hub import HubError, open_repository, push_folder, write_model_card
 from dpok_trl.rewards.combining import RewardSet
 from dpok_trl.training.config import DPOKConfig
+from dpok_trl.training.processes import together
+
+
+logger = logging.getLogger(__name__)
 
 
 class PublishingMixin:
@@ -57,7 +63,7 @@ class PublishingMixin:
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
     ) -> str | None:
-        """Saves the model under `output_dir/model` and uploads it.
+        """Saves the model under `output_dir/model` and uploads it, with the newest checkpoint under `hub_strategy = "checkpoint"`.
 
         Args:
             repo_id (`str`, *optional*): Default: `config.hub_model_id`.
@@ -69,6 +75,7 @@ class PublishingMixin:
 
         Raises:
             `ValueError`: Without a `repo_id`.
+            [`HubError`]: If the repository cannot be used or the upload fails. The model is saved by then; `dpok-trl push output_dir/model REPO` pushes it again.
         """
         repo_id = repo_id or self.config.hub_model_id
         if not repo_id:
@@ -77,10 +84,75 @@ class PublishingMixin:
             )
         if not self.accelerator.is_main_process:
             return None
-        folder = self.output_dir / "model"
-        self._write_model(folder, repo_id, dataset_name, tags)
+        self._write_model(self._model_folder, repo_id, dataset_name, tags)
         private = self.config.hub_private_repo if private is None else private
-        return push_folder(folder, repo_id, commit_message=commit_message, private=private)
+        return self._push(repo_id, commit_message, private)
+
+    # ---------------------------------------------------------------- in a run, by `push_to_hub` and `hub_strategy`
+
+    def open_repository(self) -> None:
+        """Called on all processes before training: what the Hub will not take is told now, and not after hours.
+
+        Raises:
+            [`HubError`]: On the main process, for a bad token, a name that is not allowed and a repository of somebody else; elsewhere `RuntimeError`.
+        """
+        if not self.config.push_to_hub:
+            return
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                try:
+                    open_repository(str(self.config.hub_model_id), private=self.config.hub_private_repo)
+                except HubError as error:
+                    if not error.temporary:
+                        raise
+                    logger.warning("%s. Training begins all the same; it will be tried again.", error)
+
+    def push_saved(self) -> None:
+        """Called on all processes after a checkpoint: pushes the model, if `hub_strategy` says so. A push that fails is a warning; everything is on disk, and
+        the next push brings all of it. The others wait at their next exchange."""
+        if not self.config.push_to_hub or self.config.hub_strategy == "end" or not self.accelerator.is_main_process:
+            return
+        self._write_model(self._model_folder)
+        try:
+            self._push(str(self.config.hub_model_id), f"Training in progress, step {self.global_step}")
+        except HubError as error:
+            logger.warning("%s Training goes on.", self._not_pushed(error))
+
+    def push_at_end(self) -> None:
+        """Called on all processes when training is done and saved.
+
+        Raises:
+            [`HubError`]: On the main process, if the push fails; elsewhere `RuntimeError`.
+        """
+        if not self.config.push_to_hub:
+            return
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                self._write_model(self._model_folder)
+                try:
+                    self._push(str(self.config.hub_model_id), "End of training")
+                except HubError as error:
+                    raise HubError(f"training is done, but {self._not_pushed(error)}", error.temporary) from error
+
+    @property
+    def _model_folder(self) -> Path:
+        return self.output_dir / MODEL_FOLDER
+
+    def _push(self, repo_id: str, message: str, private: bool | None = None) -> str:
+        checkpoint = self.output_dir / f"checkpoint-{self.global_step}"
+        with_it = checkpoint if self.config.hub_strategy == "checkpoint" and checkpoint.is_dir() else None
+        private = self.config.hub_private_repo if private is None else private
+        url = push_folder(self._model_folder, repo_id, commit_message=message, private=private, checkpoint=with_it)
+        logger.info("pushed: %s", url)
+        return url
+
+    def _not_pushed(self, error: HubError) -> str:
+        return (
+            f"the model of step {self.global_step} was not pushed: {error} It is saved in {self._model_folder}. To push it: "
+            f"dpok-trl push {self._model_folder} {self.config.hub_model_id}"
+        )
+
+    # ---------------------------------------------------------------- what is written
 
     def create_model_card(
         self,
