@@ -1,17 +1,18 @@
 import json
 import math
-import sys
-import types
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from accelerate.tracking import TensorBoardTracker
+import yaml
+from datasets import Image as ImageFeature
+from datasets import load_dataset
 from PIL import Image
 
-from dpok_trl.results import runlog
 from dpok_trl.results.pictures import fit_cell, font, picture_grid, shorten, to_pil, wrap
-from dpok_trl.results.runlog import RunLog, format_reward, log_images_to, read_metrics
+from dpok_trl.results.runlog import RunLog, format_reward, read_metrics
+from dpok_trl.results.samples import Samples, read_samples, sampled_epochs
 
 
 def test_what_is_logged_is_read_back(tmp_path):
@@ -72,10 +73,17 @@ def test_keep_epochs_drops_later_epochs(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def make_samples(pictures, prompts, rewards, epoch=0, **each) -> Samples:
+    count = len(pictures)
+    return Samples(pictures, prompts, rewards, each, list(range(count)), [None] * count, epoch, step=0)
+
+
 def test_grid_of_small_pictures(tmp_path):
-    images = torch.zeros(20, 3, 32, 32)
-    images[0, 0, 0, 0] = 1.0  # one red pixel in the first
-    grid = RunLog(tmp_path).sample_grid(images, ["a circle"] * 20, torch.arange(20.0), epoch=7)
+    first = Image.new("RGB", (32, 32))
+    first.putpixel((0, 0), (255, 0, 0))
+    pictures = [first] + [Image.new("RGB", (32, 32))] * 15
+    samples = make_samples(pictures, ["a circle"] * 16, [float(n) for n in range(16)], epoch=7)
+    grid = RunLog(tmp_path).log_samples(samples)
     assert Image.open(tmp_path / "samples" / "epoch-0007.png").size == grid.size
     # 2 rows of 8 pictures of 4 * 32 pixels, 10 apart; a title, and one caption line
     assert grid.size == (10 + 8 * 138, 36 + 2 * (128 + 17 + 10))
@@ -84,11 +92,87 @@ def test_grid_of_small_pictures(tmp_path):
 
 
 def test_grid_with_several_prompts_has_them_in_the_captions(tmp_path):
-    grid = RunLog(tmp_path).sample_grid(torch.zeros(2, 3, 64, 48), ["a", "two words" * 20], [0.5, math.nan], epoch=0)
+    pictures = [Image.new("RGB", (48, 64))] * 2
+    grid = RunLog(tmp_path).log_samples(make_samples(pictures, ["a", "two words" * 20], [0.5, math.nan]))
     # pictures of 96x128 (twice their size), a headline and two lines of text
     assert grid.size == (10 + 2 * 106, 36 + 128 + 3 * 17 + 10)
-    with pytest.raises(ValueError, match="equally many, got 2, 1 and 2"):
-        RunLog(tmp_path).sample_grid(torch.zeros(2, 3, 8, 8), ["a"], [0.5, 0.5], epoch=0)
+    with pytest.raises(ValueError, match="there are 2 pictures and 1 prompts"):
+        make_samples(pictures, ["a"], [0.5, 0.5])
+
+
+def test_samples_are_read_back(tmp_path):
+    picture = Image.new("RGB", (6, 4), (255, 0, 0))
+    samples = Samples(
+        [picture, Image.new("RGB", (6, 4))], ["a cat", "„zwei“ dogs"], [0.5, math.nan],
+        {"clip": [0.25, None], "ocr.v2": [1.0, math.nan]}, [2**63 - 1, 0], ["animals", None], epoch=3, step=12,
+    )  # fmt: skip
+    RunLog(tmp_path).log_samples(samples)
+    assert [path.name for path in (tmp_path / "samples.parquet").iterdir()] == ["epoch-0003.parquet"]
+    first, second = read_samples(tmp_path, 3)
+    assert np.array_equal(np.asarray(first.pop("image")), np.asarray(picture))
+    assert first == {
+        "epoch": 3, "step": 12, "prompt": "a cat", "reward": 0.5, "rewards/clip": 0.25, "rewards/ocr.v2": 1.0,
+        "seed": 2**63 - 1, "category": "animals",
+    }  # fmt: skip
+    assert second["prompt"] == "„zwei“ dogs" and second["category"] is None
+    # what does not apply is nothing, and what failed is NaN
+    assert math.isnan(second["reward"]) and second["rewards/clip"] is None and math.isnan(second["rewards/ocr.v2"])
+    with pytest.raises(FileNotFoundError):
+        read_samples(tmp_path, 4)
+
+
+def test_samples_load_as_a_dataset_and_as_a_frame(tmp_path):
+    for epoch in (0, 1, 10):
+        picture = Image.new("RGB", (8, 8), (epoch, 0, 0))
+        RunLog(tmp_path).log_samples(make_samples([picture] * 2, ["a", "b"], [0.0, 1.0], epoch))
+    folder = str(tmp_path / "samples.parquet")
+    dataset = load_dataset("parquet", data_dir=folder, split="train", cache_dir=str(tmp_path / "cache"))
+    assert dataset["epoch"] == [0, 0, 1, 1, 10, 10] and dataset["prompt"] == ["a", "b"] * 3
+    assert dataset.features["image"] == ImageFeature()
+    assert [row["image"].getpixel((0, 0))[0] for row in dataset] == [0, 0, 1, 1, 10, 10]
+    assert pd.read_parquet(folder)["reward"].tolist() == [0.0, 1.0] * 3
+
+
+def test_large_samples_are_kept_smaller(tmp_path):
+    RunLog(tmp_path).log_samples(make_samples([Image.new("RGB", (1024, 512))], ["a"], [1.0]))
+    (row,) = read_samples(tmp_path, 0)
+    assert row["image"].size == (512, 256)
+
+
+def test_a_file_that_was_being_written_is_no_sample(tmp_path):
+    log = RunLog(tmp_path)
+    log.log_samples(make_samples([Image.new("RGB", (8, 8))], ["a"], [1.0]))
+    (tmp_path / "samples.parquet" / ".epoch-0001.unfinished").write_bytes(b"PAR1 and no more")
+    assert sampled_epochs(tmp_path) == [0]
+    assert len(pd.read_parquet(tmp_path / "samples.parquet")) == 1
+
+
+def test_keep_epochs_drops_later_samples(tmp_path):
+    log = RunLog(tmp_path)
+    for epoch in range(4):
+        log.log_samples(make_samples([Image.new("RGB", (8, 8))], ["a"], [1.0], epoch))
+    (tmp_path / "samples" / "epoch-of-my-own.png").touch()
+    log.keep_epochs(2, step=4)
+    assert sampled_epochs(tmp_path) == [0, 1]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "epoch-0000.png", "epoch-0001.png", "epoch-of-my-own.png"
+    ]  # fmt: skip
+
+
+def test_config_has_no_secrets(tmp_path):
+    RunLog(tmp_path).write_config(
+        {
+            "kl_weight": 0.02,
+            "hub_token": "hf_abc",
+            "tracker_kwargs": {"wandb": {"entity": "me", "API_KEY": "xyz"}, "swanlab": {"settings": {"apikey": "s3"}}},
+            "sample_call_kwargs": {"max_token_length": 77},
+        }
+    )
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {
+        "kl_weight": 0.02,
+        "tracker_kwargs": {"wandb": {"entity": "me"}, "swanlab": {"settings": {}}},
+        "sample_call_kwargs": {"max_token_length": 77},
+    }
 
 
 def test_cells():
@@ -143,42 +227,6 @@ def test_a_ddpo_image_hook_works_without_a_tracker(tmp_path):
         "step-000012-01-two-00.png",
         "step-000012-01-two-01.png",
         "step-000012-02-a-b.png",
-    ]
-
-
-def test_tensorboard_gets_the_pictures(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    tracker = TensorBoardTracker("run", tmp_path)
-    tracker.start()
-    log_images_to([tracker], "samples", [Image.new("RGB", (6, 4), (255, 0, 0))] * 2, ["a", "b"], step=3)
-    tracker.finish()
-    events = EventAccumulator(str(tmp_path / "run")).Reload()
-    (event,) = events.Images("samples")
-    assert (event.step, event.width, event.height) == (3, 12, 4)  # side by side
-
-
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_trackers_with_an_image_type_get_a_list_of_it(monkeypatch, name):
-    module = types.ModuleType(name)
-    module.Image = lambda image, caption: ("Image", image, caption)
-    monkeypatch.setitem(sys.modules, name, module)
-    calls = []
-    tracker = types.SimpleNamespace(name=name, log=lambda values, step: calls.append((values, step)))
-    picture = Image.new("RGB", (2, 2))
-    log_images_to([tracker], "samples", [picture], ["0.5"], step=4)
-    assert calls == [({"samples": [("Image", picture, "0.5")]}, 4)]
-    with pytest.raises(ValueError, match="1 images and 2 captions"):
-        log_images_to([tracker], "samples", [picture], ["0.5", "0.6"], step=4)
-
-
-def test_other_trackers_are_warned_about_once(monkeypatch, caplog):
-    monkeypatch.setattr(runlog, "_warned", set())
-    tracker = types.SimpleNamespace(name="comet_ml")
-    for step in (1, 2):
-        log_images_to([tracker], "samples", [Image.new("RGB", (2, 2))], ["a"], step=step)
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
-        "no pictures are sent to the tracker comet_ml"
     ]
 
 
