@@ -81,12 +81,15 @@ NEW_FIELDS = {
     "train_lora_alpha",
     "kl_weight",
     "kl_type",
+    "metric_for_best_model",
+    "greater_is_better",
     "log_gradient_cosine_freq",
     "eval_freq",
     "eval_num_images_per_prompt",
     "eval_batch_size",
     "eval_num_steps",
     "hub_model_id",
+    "hub_strategy",
     "hub_private_repo",
 }
 OTHER_DEFAULT = {"mixed_precision", "tracker_project_name"}

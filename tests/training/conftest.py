@@ -77,7 +77,7 @@ def make_trainer(make_config):
     def make(reward=red, prompts=PROMPTS, pipe=None, hook=None, **kwargs) -> DPOKTrainer:
         _forget()  # a test may make several trainers, of different precision
         pipe = stable_diffusion() if pipe is None else pipe
-        names = ("peft_config", "pipeline_hooks", "eval_prompts", "eval_reward_function")
+        names = ("peft_config", "pipeline_hooks", "eval_prompts", "eval_reward_function", "callbacks")
         own = {name: kwargs.pop(name) for name in names if name in kwargs}
         return DPOKTrainer(make_config(**kwargs), reward, prompts, pipe, hook, **own)
 

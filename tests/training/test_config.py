@@ -203,13 +203,17 @@ FLAGS = {
     "eval_num_images_per_prompt": "8",
     "eval_batch_size": "16",
     "eval_num_steps": "20",
+    "metric_for_best_model": "eval/held-out/red/tuned",
+    "greater_is_better": "False",
     "log_gradient_cosine_freq": "5",
     "push_to_hub": "True",
     "hub_model_id": "me/rabbit-lora",
     "hub_private_repo": "True",
+    "hub_strategy": "checkpoint",
 }
 # What a field needs beside it to be valid.
 WITH = {
+    "metric_for_best_model": {"eval_freq": "1"},
     "torch_compile_backend": {"torch_compile": "True"},
     "torch_compile_mode": {"torch_compile": "True"},
     "sample_sde_window_schedule": {"sample_sde_window_size": "5"},
@@ -221,6 +225,7 @@ WITH = {
     "sample_num_images_per_prompt": {"sample_batch_size": "4"},
     "train_batch_size": {"sample_batch_size": "4"},
     "push_to_hub": {"hub_model_id": "me/rabbit-lora"},
+    "hub_strategy": {"push_to_hub": "True", "hub_model_id": "me/rabbit-lora"},
     "train_keep_best": {"sample_num_images_per_prompt": "2", "sample_batch_size": "2"},
     "train_keep_worst": {"sample_num_images_per_prompt": "2", "sample_batch_size": "2"},
     "train_kl_threshold": {"train_objective": "kl_mask"},
@@ -366,6 +371,10 @@ ERRORS = {
     "an argument of the call that has a field": (
         {"sample_call_kwargs": {"guidance_scale": 3.0}},
         "sample_call_kwargs must not hold guidance_scale: the trainer sets it from a field of its own.",
+    ),
+    "a metric without evaluations": (
+        {"metric_for_best_model": "eval/held-out/red/tuned"},
+        "metric_for_best_model = 'eval/held-out/red/tuned' is a metric of evaluations, and eval_freq = 0 asks for none.",
     ),
     "no repository": ({"push_to_hub": True}, "push_to_hub = True needs hub_model_id, such as 'me/rabbit-lora'."),
     "a column that has a field": (

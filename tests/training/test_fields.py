@@ -720,6 +720,22 @@ def _evaluation(run, monkeypatch):
     assert evaluated(eval_freq=2, eval_num_steps=3) == ([1], [2] * 4 * 3 * (1 + 2))
 
 
+@case("metric_for_best_model", "greater_is_better")
+def _best_checkpoint(run, monkeypatch):
+    def kept(**kwargs):
+        """Which of three checkpoints are there in the end, with a limit of one; the KL of the evaluations rises."""
+        trainer = run.train(
+            eval_prompts=["a cat"], eval_freq=1, eval_num_images_per_prompt=1, num_epochs=3, save_freq=1, num_checkpoint_limit=1, **kwargs
+        )  # fmt: skip
+        kl = [line["eval/prompts/kl"] for line in run.get("lines")(trainer, "eval/prompts/kl")]
+        assert kl[0] < kl[1] < kl[2]
+        return sorted(path.name for path in trainer.output_dir.glob("checkpoint-*"))
+
+    assert kept() == ["checkpoint-3"]
+    assert kept(metric_for_best_model="eval/prompts/kl") == ["checkpoint-3"]
+    assert kept(metric_for_best_model="eval/prompts/kl", greater_is_better=False) == ["checkpoint-1", "checkpoint-3"]
+
+
 @case("log_gradient_cosine_freq")
 def _gradient_cosine(run, monkeypatch):
     def trained(**kwargs):
@@ -740,8 +756,9 @@ def pushed(run, monkeypatch, **kwargs):
     monkeypatch.setattr(
         publishing,
         "push_folder",
-        lambda folder, repo_id, *, commit_message, private: calls.append((repo_id, private)),
+        lambda folder, repo_id, **given: calls.append((repo_id, given)),
     )
+    monkeypatch.setattr(publishing, "open_repository", lambda repo_id, *, private: repo_id)
     run.train(**kwargs)
     return calls
 
@@ -754,8 +771,20 @@ def _push_to_hub(run, monkeypatch):
 
 @case("hub_model_id", "hub_private_repo")
 def _repository(run, monkeypatch):
-    call = pushed(run, monkeypatch, push_to_hub=True, hub_model_id="me/hare", hub_private_repo=True)
-    assert call == [("me/hare", True)]
+    ((repository, given),) = pushed(run, monkeypatch, push_to_hub=True, hub_model_id="me/hare", hub_private_repo=True)
+    assert (repository, given["private"]) == ("me/hare", True)
+
+
+@case("hub_strategy")
+def _hub_strategy(run, monkeypatch):
+    settings = {"push_to_hub": True, "hub_model_id": "me/rabbit", "num_epochs": 2, "save_freq": 1}
+    for strategy, expected in {
+        "end": [("End of training", None)],
+        "every_save": [("Training in progress, step 1", None), ("End of training", None)],
+        "checkpoint": [("Training in progress, step 1", "checkpoint-1"), ("End of training", "checkpoint-2")],
+    }.items():
+        calls = [given for _, given in pushed(run, monkeypatch, hub_strategy=strategy, **settings)]
+        assert [(c["commit_message"], c["checkpoint"] and c["checkpoint"].name) for c in calls] == expected
 
 
 def test_the_accelerator_is_asked_for_what_the_config_says(make_config, monkeypatch):

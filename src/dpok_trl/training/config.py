@@ -450,6 +450,15 @@ class DPOKConfig:
     eval_num_steps: int | None = field(
         default=None, metadata={"help": "Denoising steps in an evaluation. None: `sample_num_steps`."}
     )
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Metric of the evaluations by which the best checkpoint is kept and early stopping decides, such as eval/held-out/exact/tuned. None: no checkpoint is the best."
+        },
+    )
+    greater_is_better: bool = field(
+        default=True, metadata={"help": "Whether more of `metric_for_best_model` is better."}
+    )
     log_gradient_cosine_freq: int = field(
         default=0,
         metadata={
@@ -458,8 +467,18 @@ class DPOKConfig:
     )
 
     # --- the Hub
-    push_to_hub: bool = field(default=False, metadata={"help": "Push the model to `hub_model_id` when training ends."})
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Push the model to `hub_model_id` when training ends, and see `hub_strategy`."}
+    )
     hub_model_id: str | None = field(default=None, metadata={"help": "Repository on the Hub, such as me/rabbit-lora."})
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "When `push_to_hub` pushes. end: when training ends; every_save: with each checkpoint too; checkpoint: likewise, and the newest checkpoint goes "
+            "along as `last-checkpoint/`, to resume from.",
+            "choices": ["end", "every_save", "checkpoint"],
+        },
+    )
     hub_private_repo: bool | None = field(
         default=None, metadata={"help": "Make a new repository private. None: the account's default."}
     )

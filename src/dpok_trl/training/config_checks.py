@@ -165,7 +165,7 @@ def _check_window(config: DPOKConfig) -> None:
         )
 
 
-def _refuse_unused(config: DPOKConfig, names: Sequence[str], needed: str) -> None:
+def refuse_unused(config: DPOKConfig, names: Sequence[str], needed: str) -> None:
     """Raises `ValueError` for settings that were changed and would do nothing."""
     default = {item.name: item.default for item in fields(config)}
     unused = [name for name in names if getattr(config, name) != default[name]]
@@ -177,9 +177,9 @@ def _refuse_unused(config: DPOKConfig, names: Sequence[str], needed: str) -> Non
 def _check_objective(config: DPOKConfig) -> None:
     objective = config.train_objective
     if objective in ("kl_mask", "reinforce"):
-        _refuse_unused(config, ["train_clip_range"], f"train_objective = '{objective}' has no clip")
+        refuse_unused(config, ["train_clip_range"], f"train_objective = '{objective}' has no clip")
     if objective != "kl_mask":
-        _refuse_unused(config, ["train_kl_threshold"], f"train_objective = '{objective}' has no such threshold")
+        refuse_unused(config, ["train_kl_threshold"], f"train_objective = '{objective}' has no such threshold")
     if objective == "reinforce":
         for name in ("train_buffer_rounds", "train_num_inner_epochs"):
             if getattr(config, name) > 1:
@@ -192,9 +192,9 @@ def _check_objective(config: DPOKConfig) -> None:
 def _check_kl(config: DPOKConfig) -> None:
     if config.kl_weight == 0:
         names = ("kl_type", "kl_gradient", "kl_warmup_epochs", "target_kl", "reference_update_epochs")
-        _refuse_unused(config, names, "kl_weight = 0 turns the KL term off")
+        refuse_unused(config, names, "kl_weight = 0 turns the KL term off")
     if config.kl_type == "noise":
-        _refuse_unused(config, ("kl_gradient", "target_kl"), "kl_type = 'noise' is no KL in nats; take 'gaussian'")
+        refuse_unused(config, ("kl_gradient", "target_kl"), "kl_type = 'noise' is no KL in nats; take 'gaussian'")
     if config.target_kl is not None and config.kl_warmup_epochs:
         raise ValueError(
             f"target_kl = {config.target_kl} adapts kl_weight from the first epoch on, and kl_warmup_epochs = {config.kl_warmup_epochs} holds it at 0 that long. "
@@ -215,7 +215,7 @@ def _check_kl(config: DPOKConfig) -> None:
 def _check_value(config: DPOKConfig) -> None:
     if config.train_adv_type != "value":
         names = [item.name for item in fields(config) if item.name.startswith("value_")]
-        _refuse_unused(config, names, f"train_adv_type = '{config.train_adv_type}' has no value function")
+        refuse_unused(config, names, f"train_adv_type = '{config.train_adv_type}' has no value function")
         return
     if config.value_warmup_epochs >= config.num_epochs:
         raise ValueError(
@@ -348,6 +348,13 @@ def check_combinations(config: DPOKConfig) -> None:
         )
     if config.push_to_hub and not config.hub_model_id:
         raise ValueError("push_to_hub = True needs hub_model_id, such as 'me/rabbit-lora'.")
+    if not config.push_to_hub:
+        refuse_unused(config, ["hub_strategy"], "push_to_hub = False pushes nothing during a run")
+    if config.metric_for_best_model is not None and not config.eval_freq:
+        raise ValueError(
+            f"metric_for_best_model = '{config.metric_for_best_model}' is a metric of evaluations, and eval_freq = 0 asks for none. Set eval_freq to "
+            "the epochs between two."
+        )
     if config.train_use_8bit_adam:
         try:
             import bitsandbytes  # noqa: F401

@@ -20,13 +20,14 @@ from dpok_trl.results.drawing import Drawn, Draws, Part
 from dpok_trl.results.evaluation import Evaluation, bind_rewards, compared
 from dpok_trl.results.evaluation_files import evaluation_grid
 from dpok_trl.results.prompt_sets import PromptSet, prompts_of, read_prompt_sets, refuse_training_prompts
-from dpok_trl.results.runlog import log_images_to
+from dpok_trl.results.trackers import log_images_to
 from dpok_trl.rewards.binding import BoundReward, TrainerState
 from dpok_trl.rewards.combining import RewardSet
 from dpok_trl.rewards.wrappers import Standardized
 from dpok_trl.training.building import on_the_device
 from dpok_trl.training.overoptimisation import WINDOW, Snapshot, over_optimisation
-from dpok_trl.training.processes import raise_together
+from dpok_trl.training.processes import together
+from dpok_trl.training.tracking import report
 
 
 if TYPE_CHECKING:
@@ -79,11 +80,12 @@ class Evaluator:
 
     # ---------------------------------------------------------------- while training
 
-    def after_epoch(self, epoch: int, last: bool) -> None:
-        """Called on all processes when an epoch is done: evaluates every `eval_freq` epochs and at the end, and logs."""
+    def after_epoch(self, epoch: int, last: bool, asked: bool = False) -> dict[str, float] | None:
+        """Called on all processes when an epoch is done: evaluates every `eval_freq` epochs, at the end, and where it is asked for; logs and returns the
+        metrics, `None` where no evaluation is due."""
         freq = self.trainer.config.eval_freq
-        if not freq or not (last or (epoch + 1) % freq == 0):
-            return
+        if not asked and (not freq or not (last or (epoch + 1) % freq == 0)):
+            return None
         started = time.monotonic()
         evaluation = self.evaluate()
         metrics = {"epoch": epoch, **evaluation.metrics(), **self._over_optimisation(evaluation, epoch)}
@@ -93,6 +95,8 @@ class Evaluator:
             evaluation.save(trainer.output_dir / FOLDER)
             grid = evaluation_grid(evaluation)
             log_images_to(trainer.accelerator.trackers, FOLDER, [grid], [f"epoch {epoch}"], trainer.global_step)
+            report(trainer, evaluation)
+        return metrics
 
     def _over_optimisation(self, evaluation: Evaluation, epoch: int) -> dict[str, float]:
         """Whether the training reward rises at the expense of others, once there are enough evaluations to tell."""
@@ -223,13 +227,8 @@ def on_all_processes(accelerator: Accelerator, work: Callable[[], list[Any]]) ->
     Raises:
         Whatever it raises; on the other processes [`RewardError`] or `RuntimeError` with the same message. They must hear of it, or they would wait for ever.
     """
-    error: Exception | None = None
-    made: list[Any] = []
-    try:
+    with together(accelerator):
         made = work()
-    except Exception as raised:
-        error = raised
-    raise_together(accelerator, error)
     return gather_object(made)
 
 

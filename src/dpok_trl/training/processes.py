@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -14,12 +17,18 @@ def largest(accelerator: Accelerator, values: torch.Tensor) -> float:
     return accelerator.gather(values.amax()[None]).amax().item()
 
 
-def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
-    """Called on all processes, with what went wrong on this one: a process that raised alone would leave the others waiting for ever.
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """What fails within it on one process fails on all: one that raised alone would leave the others waiting for ever.
 
     Raises:
-        `error`; on the other processes [`RewardError`] (if it is one) or `RuntimeError` with the same message.
+        On the process that failed, its error; on the others [`RewardError`] (if it is one) or `RuntimeError` with the same message.
     """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:  # raised again below
+        error = raised
     told = None if error is None else (isinstance(error, RewardError), f"{type(error).__name__}: {error}")
     failures = gather_object([told])
     if error is not None:

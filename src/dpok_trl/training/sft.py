@@ -161,12 +161,9 @@ class DPOKSFTTrainer(DPOKTrainer):
             self.data = self._draw(epoch, global_step)
         started = time.monotonic()
         losses = []
-        for inner_epoch in range(self.config.train_num_inner_epochs):
-            for update in self._updates(epoch, inner_epoch):
-                metrics = self._update(update)
-                self.global_step = global_step = global_step + 1
-                self._log({"epoch": epoch, "inner_epoch": inner_epoch, **metrics}, global_step)
-                losses.append(metrics["loss"])
+        for metrics in self._passes(epoch, global_step, self.config.train_num_inner_epochs):
+            losses.append(metrics["loss"])
+        global_step = self.global_step
         self._log({"epoch": epoch, "time/update": time.monotonic() - started}, global_step)
         self._shown = {"reward": self.last_metrics["reward"], "loss": sum(losses) / len(losses)}
         return global_step

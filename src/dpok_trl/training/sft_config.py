@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from dpok_trl.training.config import DPOKConfig
+from dpok_trl.training.config_checks import refuse_unused, smallest_fraction
 
 
 # Settings of the policy gradient, its KL and its baselines, which a regression has no use for.
@@ -114,9 +114,9 @@ class DPOKSFTConfig(DPOKConfig):
                 "itself, and is not trained on."
             )
         if self.sft_kl == "none":
-            self._refuse_changed(["sft_gamma"], "sft_kl = 'none'")
+            refuse_unused(self, ["sft_gamma"], "sft_kl = 'none'")
         if self.sft_loss != "filtered":
-            self._refuse_changed(["sft_keep_fraction"], f"sft_loss = '{self.sft_loss}' keeps all images")
+            refuse_unused(self, ["sft_keep_fraction"], f"sft_loss = '{self.sft_loss}' keeps all images")
         elif self.sft_kl == "kl_d":
             raise ValueError(
                 "sft_loss = 'filtered' with sft_kl = 'kl_d': all images that are kept have weight 1, and sft_gamma would only scale the loss. Take sft_kl = 'kl_o', or "
@@ -126,15 +126,7 @@ class DPOKSFTConfig(DPOKConfig):
         if selected < 1:
             raise ValueError(
                 f"train_timestep_fraction = {self.train_timestep_fraction} of the {self.sample_num_steps - 1} steps that are trained on (all of sample_num_steps but the "
-                f"first) selects none. Give at least {math.ceil(1000 / (self.sample_num_steps - 1)) / 1000}."
-            )
-
-    def _refuse_changed(self, names: Sequence[str], why: str) -> None:
-        default = {item.name: item.default for item in fields(self)}
-        unused = [f"{name} = {getattr(self, name)!r}" for name in names if getattr(self, name) != default[name]]
-        if unused:
-            raise ValueError(
-                f"{', '.join(unused)} would do nothing: {why}. Change the latter, or leave the former out."
+                f"first) selects none. Give at least {smallest_fraction(self.sample_num_steps - 1)}."
             )
 
     def images_kept(self, drawn: int, in_groups: bool = True) -> int:

@@ -20,6 +20,7 @@ from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 
 from dpok_trl.core.advantages import (
     PerPromptStatTracker,
@@ -47,24 +48,28 @@ from dpok_trl.policy.loading import load_pipeline
 from dpok_trl.policy.replayer import ReplayedStep
 from dpok_trl.prompts import prompt_source
 from dpok_trl.results.evaluation import Evaluation
-from dpok_trl.results.runlog import RunLog, log_images_to
+from dpok_trl.results.runlog import RunLog
+from dpok_trl.results.trackers import log_samples_to
 from dpok_trl.rewards.binding import TrainerState
 from dpok_trl.rewards.combining import RewardSet
 from dpok_trl.training.batches import SampledBatch
 from dpok_trl.training.building import build_policy, encoders_off_the_device
+from dpok_trl.training.callbacks import Callbacks
 from dpok_trl.training.checkpoint import Checkpoints
 from dpok_trl.training.config import DPOKConfig
 from dpok_trl.training.critic import Critic
 from dpok_trl.training.evaluating import Evaluator
 from dpok_trl.training.experience import Experience
 from dpok_trl.training.gradients import prompt_gradient_cosines
+from dpok_trl.training.interruption import Interruption
 from dpok_trl.training.kl import adapted_weight
 from dpok_trl.training.memory import warn_of_memory
-from dpok_trl.training.processes import raise_together
+from dpok_trl.training.processes import together
 from dpok_trl.training.publishing import PublishingMixin
 from dpok_trl.training.ratio import RatioError, refuse_ratio
 from dpok_trl.training.scoring import Scoring
 from dpok_trl.training.setup import make_accelerator, make_optimizer, settle_output_dir
+from dpok_trl.training.tracking import begin_report, logged_samples, report, start_trackers
 from dpok_trl.training.window import sde_window
 
 
@@ -91,6 +96,7 @@ class DPOKTrainer(PublishingMixin):
         eval_prompts (*optional*): What `evaluate` and `eval_freq` go over: a list of prompts or (prompt, metadata) pairs, a `datasets.Dataset` with a "prompt"
             column, or a dict from names of sets to them: `{"training": [...], "held-out": [...], "paraphrased": [...]}`.
         eval_reward_function (*optional*): Rewards that are not trained on, in any form that `reward_function` takes; for evaluations only.
+        callbacks (`Sequence[transformers.TrainerCallback]`, *optional*): Instances or classes, see docs/callbacks.md.
 
     Raises:
         `ValueError`: For settings and pipelines that cannot work; the message says what to change.
@@ -110,6 +116,7 @@ class DPOKTrainer(PublishingMixin):
         pipeline_hooks: PipelineHooks | None = None,
         eval_prompts: Any = None,
         eval_reward_function: Any = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
     ):
         wrapper = sd_pipeline if isinstance(sd_pipeline, DefaultDPOKStableDiffusionPipeline) else None
         if wrapper is not None and not wrapper.use_lora:
@@ -174,6 +181,7 @@ class DPOKTrainer(PublishingMixin):
         self.run_log = RunLog(self.output_dir) if self.accelerator.is_main_process else None
         self.checkpoints = Checkpoints(self)
         self.evaluator = Evaluator(self, prompt_function, eval_prompts, eval_reward_function)
+        self.callbacks = Callbacks(self, callbacks or ())
 
     # ---------------------------------------------------------------- the loop
 
@@ -190,6 +198,7 @@ class DPOKTrainer(PublishingMixin):
             [`RewardError`]: On every process, if the reward fails on one.
             [`~dpok_trl.RatioError`]: If the ratio is not 1 before the first update.
             `FloatingPointError`: If the loss or the gradient becomes NaN or infinite.
+            `KeyboardInterrupt`: After a Ctrl-C or SIGTERM, when the running epoch is finished and saved; after a second Ctrl-C at once.
         """
         resume = resume_from_checkpoint
         if resume is None and self.first_epoch == 0:
@@ -198,12 +207,10 @@ class DPOKTrainer(PublishingMixin):
             self.checkpoints.resume(self.output_dir if resume is True else Path(resume))
         elif self.first_epoch == 0:
             self.checkpoints.refuse_other_run()
+        self.open_repository()
         self.accelerator.wait_for_everyone()
-        self.accelerator.init_trackers(  # here and not in the constructor: they are closed at the end of `train`, and it may be called again
-            self.config.tracker_project_name,
-            config={k: v for k, v in self.config.to_dict().items() if isinstance(v, (int, float, str, bool))},
-            init_kwargs=self.config.tracker_kwargs,
-        )
+        start_trackers(self.accelerator, self.config)
+        begin_report(self)
         if self.config.output_dir is None:
             self.accelerator.print(f"Everything this run leaves goes to {self.output_dir}")
         last = self.config.num_epochs if epochs is None else epochs
@@ -213,26 +220,54 @@ class DPOKTrainer(PublishingMixin):
             initial=self.first_epoch,
             total=last,
             desc="epochs",
-            disable=not self.accelerator.is_local_main_process,
+            disable=not self._shows_progress,
         )
-        for epoch in progress:
-            self.global_step = self.step(epoch, self.global_step)
-            self.first_epoch = epoch + 1
-            self.seconds = time.monotonic() - started
-            progress.set_postfix({name: f"{value:.4g}" for name, value in self._shown.items()})
-            self.evaluator.after_epoch(epoch, last=epoch + 1 == last)
-            if epoch + 1 == last or (self.config.save_freq and (epoch + 1) % self.config.save_freq == 0):
-                self.checkpoints.save()
+        self.callbacks.train_begin(last)
+        interrupted = False
+        with Interruption(self.accelerator) as interruption:
+            for epoch in progress:
+                self.callbacks.epoch_begin(epoch)
+                self.global_step = self.step(epoch, self.global_step)
+                self.first_epoch = epoch + 1
+                self.seconds = time.monotonic() - started
+                progress.set_postfix({name: f"{value:.4g}" for name, value in self._shown.items()})
+                self.callbacks.epoch_end(epoch)
+                interrupted = interruption.requested()
+                self._evaluate_and_save(epoch, last, interrupted)
+                if interrupted or self.callbacks.control.should_training_stop:
+                    break
+        progress.close()
+        self.callbacks.train_end()
+        report(self)
         for tracker in self.accelerator.trackers:
             tracker.finish()  # not `end_training`: it ends the process group, which `save_model` and another `train` still need
-        if self.config.push_to_hub:
-            self.push_to_hub()
+        if interrupted:
+            raise KeyboardInterrupt(
+                f"stopped after epoch {self.first_epoch} of {last}, which is saved. To go on: trainer.train(resume_from_checkpoint=True), or the same "
+                f"command with --resume_from {self.output_dir}"
+            )
+        self.push_at_end()
+
+    def _evaluate_and_save(self, epoch: int, last: int, interrupted: bool) -> None:
+        """What is due after an epoch, by the settings, at the end of the run, or because a callback asks for it."""
+        callbacks, freq = self.callbacks, self.config.save_freq
+        ends = epoch + 1 == last or callbacks.control.should_training_stop
+        metrics = self.evaluator.after_epoch(
+            epoch, last=ends and not interrupted, asked=callbacks.control.should_evaluate
+        )
+        if metrics is not None:
+            callbacks.evaluated(metrics)
+        ends = ends or interrupted or callbacks.control.should_training_stop  # early stopping decides by evaluations
+        if ends or callbacks.control.should_save or (freq and (epoch + 1) % freq == 0):
+            self.checkpoints.save()
+            callbacks.saved()
+            if interrupted or not ends:  # the end has a push of its own
+                self.push_saved()
 
     def step(self, epoch: int, global_step: int) -> int:
         """One round: sample, score, and update on what was sampled. Returns the number of optimizer steps done so far."""
         if self.config.kl_warmup_epochs:
             self.kl_weight = self.config.kl_weight if epoch >= self.config.kl_warmup_epochs else 0.0
-        self.experience.buffer.make_room()
         batches, metrics = self.sample(epoch)
         prompts, rewards, reward_metrics = self.scoring.gather(batches)
         metrics = {"images": (epoch + 1) * len(rewards), **reward_metrics, **metrics}
@@ -253,17 +288,29 @@ class DPOKTrainer(PublishingMixin):
             if self.critic is not None:
                 metrics.update(self.critic.fit(self.experience.buffer.sampled, epoch))
             passes = self.config.train_num_inner_epochs if epoch >= self.config.value_warmup_epochs else 0
-            for inner_epoch in range(passes):
-                for update in self._updates(epoch, inner_epoch):
-                    update_metrics = self._update(update)
-                    self.global_step = global_step = global_step + 1
-                    self._log({"epoch": epoch, "inner_epoch": inner_epoch, **update_metrics}, global_step)
-                    kl += [update_metrics["kl"]] if "kl" in update_metrics else []
+            for update_metrics in self._passes(epoch, global_step, passes):
+                global_step = self.global_step
+                kl += [update_metrics["kl"]] if "kl" in update_metrics else []
         if kl:
             metrics.update(self._end_of_round_kl(epoch, sum(kl) / len(kl)))
+        self.experience.buffer.make_room()  # for evaluations and the next samples
         self._log({"epoch": epoch, **metrics, "time/update": time.monotonic() - started}, global_step)
         self._shown = {"reward": reward_metrics["reward"]} | ({"kl": sum(kl) / len(kl)} if kl else {})
         return global_step
+
+    def _passes(self, epoch: int, global_step: int, passes: int) -> Iterator[dict[str, float]]:
+        """The optimizer steps of a round, one for each item: its metrics. A callback may end them early."""
+        self.global_step = global_step
+        for inner_epoch in range(passes):
+            for update in self._updates(epoch, inner_epoch):
+                self.callbacks.step_begin()
+                metrics = self._update(update)
+                self.global_step += 1
+                ends = self.callbacks.step_end(epoch)
+                self._log({"epoch": epoch, "inner_epoch": inner_epoch, **metrics}, self.global_step)
+                yield metrics
+                if ends:
+                    return
 
     def _gradient_cosines(self, epoch: int) -> dict[str, float]:
         """See [`prompt_gradient_cosines`]; of this process's prompts, before the round's first update."""
@@ -326,13 +373,12 @@ class DPOKTrainer(PublishingMixin):
         Returns the scored batches and the timings. Seeds follow from (seed, epoch, process, batch), so each process draws its own noise and a
         resumed run draws what an uninterrupted one would have drawn.
         """
-        error: Exception | None = None
-        try:
-            sampled = self._sample_and_score(epoch)
-        except Exception as raised:  # raised again right below, on all processes
-            error = raised
-            self.scoring.cancel()
-        raise_together(self.accelerator, error)
+        with together(self.accelerator):
+            try:
+                sampled = self._sample_and_score(epoch)
+            except Exception:
+                self.scoring.cancel()
+                raise
         return sampled
 
     def _sample_and_score(self, epoch: int) -> tuple[list[SampledBatch], dict[str, float]]:
@@ -493,7 +539,9 @@ class DPOKTrainer(PublishingMixin):
             self.optimizer.zero_grad()  # or a later update would take these gradients in
             raise
         learning_rate = self.lr_scheduler.get_last_lr()[0]
+        self.callbacks.call("on_pre_optimizer_step")
         self.optimizer.step()
+        self.callbacks.call("on_optimizer_step")
         if not self.accelerator.optimizer_step_was_skipped:  # fp16 found an overflow and lowers its loss scale
             self.lr_scheduler.step()
         self.optimizer.zero_grad()
@@ -534,13 +582,8 @@ class DPOKTrainer(PublishingMixin):
         if not self.accelerator.is_main_process:
             return
         if self.config.sample_grid_freq and epoch % self.config.sample_grid_freq == 0:
-            grid = self.run_log.sample_grid(
-                torch.cat([batch.trajectory.images for batch in batches]),
-                [prompt for batch in batches for prompt in batch.trajectory.prompts],
-                torch.cat([batch.rewards for batch in batches]).tolist(),
-                epoch,
-            )
-            log_images_to(self.accelerator.trackers, "samples", [grid], [f"epoch {epoch}"], global_step)
+            samples = logged_samples(self, batches, epoch, global_step)
+            log_samples_to(self.accelerator.trackers, samples, self.run_log.log_samples(samples))
         if self.image_samples_callback is not None:
             tracker = self.accelerator.trackers[0] if self.accelerator.trackers else self.run_log
             data = [
@@ -554,6 +597,7 @@ class DPOKTrainer(PublishingMixin):
         self.accelerator.log(metrics, step=global_step)
         if self.accelerator.is_main_process:
             self.run_log.log(metrics, global_step)
+        self.callbacks.log(metrics, global_step)
 
     # ---------------------------------------------------------------- small parts
 
@@ -584,4 +628,8 @@ class DPOKTrainer(PublishingMixin):
         return np.random.default_rng(entropy).integers(2**63, size=self.config.sample_batch_size).tolist()
 
     def _progress(self, items: Any, description: str) -> tqdm:
-        return tqdm(items, desc=description, leave=False, disable=not self.accelerator.is_local_main_process)
+        return tqdm(items, desc=description, leave=False, disable=not self._shows_progress)
+
+    @property
+    def _shows_progress(self) -> bool:
+        return self.accelerator.is_local_main_process and not self.callbacks.show_progress
