@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dpok_trl.results.curves import DARK, LIGHT, column, draw_curves
+from dpok_trl.results.curves import DARK, LIGHT, column, draw_curves, draw_panels, panels_of, standard_errors
 from dpok_trl.results.drawing import Drawn
 from dpok_trl.results.evaluation import Comparison, Evaluation
-from dpok_trl.results.report import write_report
-from dpok_trl.results.runlog import RunLog
+from dpok_trl.results.report import render_report, write_report
+from dpok_trl.results.runlog import RunLog, read_metrics
+from dpok_trl.results.samples import Samples
 
 
 ASSETS = {"src", "srcset", "poster", "data", "background"}
@@ -57,7 +58,14 @@ def log_a_run(folder, epochs: int = 3) -> None:
     log = RunLog(folder)
     for epoch in range(epochs):
         log.log(
-            {"epoch": epoch, "reward": 0.25 * epoch, "reward_std": 0.1, "time/rollout": 1.0, "time/reward": 0.5},
+            {
+                "epoch": epoch,
+                "reward": 0.25 * epoch,
+                "reward_std": 0.1,
+                "images": 16 * (epoch + 1),
+                "time/rollout": 1.0,
+                "time/reward": 0.5,
+            },
             2 * epoch,
         )
         for step in (1, 2):
@@ -68,7 +76,15 @@ def log_a_run(folder, epochs: int = 3) -> None:
                 "policy/ratio_deviation_max": 0.3,
             }
             log.log({**metrics, "grad_norm": math.nan}, 2 * epoch + step)
-        log.log({"epoch": epoch, "time/update": 2.0}, 2 * epoch + 2)
+        log.log({"epoch": epoch, "time/update": 2.0, "kl_path": 3.0}, 2 * epoch + 2)
+
+
+def log_samples(folder, epochs: int) -> None:
+    for epoch in range(epochs):
+        pictures = [Image.new("RGB", (8, 8), (epoch, 0, 0))] * 16
+        RunLog(folder).log_samples(
+            Samples(pictures, ["<i>"] * 16, [float(epoch)] * 16, {}, [0] * 16, [None] * 16, epoch, step=0)
+        )
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path):
@@ -82,14 +98,18 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
         config={"kl_weight": 0.02, "sample_call_kwargs/height": 64},
         facts={"Wall time": "74 s"},
         reduction="sum",
+        device="cpu",
     )
     assert page == tmp_path / "report.html"
     text = page.read_text()
     parsed = Page(text)
-    assert len(parsed.assets) == 2 * 16 + 2  # pairs, and the curves for light and dark readers
+    assert len(parsed.assets) == 2 * 16  # pairs; curves are drawn in the page itself
+    assert parsed.tags.count("svg") == 7
     assert all(asset.startswith("data:image/png;base64,") for asset in parsed.assets)
     assert parsed.links == [] and "script" not in parsed.tags and "link" not in parsed.tags
-    assert not re.search(r"url\(|@import", text)
+    assert not re.search(
+        r"url\((?!#)|@import|href=\"(?!#|https://arxiv)", text
+    )  # nothing but parts of itself, and a link
     assert "prefers-color-scheme: dark" in text
     comparison = make_evaluation().sets["one"]
     for number in (
@@ -109,7 +129,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
         "sample_call_kwargs/height",
         "74 s",
         "torch 2",
-        "CPU, 1 thread;",
+        "1 thread); ",
     ):
         assert words in parsed.text
     assert "16 of the 20 pairs, evenly spaced, not selected" in parsed.text
@@ -119,11 +139,42 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
 def test_a_page_of_a_log_alone_and_of_a_comparison_alone(tmp_path):
     log_a_run(tmp_path / "log")
     parsed = Page(write_report(tmp_path / "log", "t").read_text())
-    assert len(parsed.assets) == 2 and "Scores" not in parsed.text
+    assert (
+        parsed.assets == [] and "Scores" not in parsed.text and "3 epochs, 6 optimizer steps, 48 images" in parsed.text
+    )
     (tmp_path / "evaluation").mkdir()
     parsed = Page(write_report(tmp_path / "evaluation", "t", evaluation=make_evaluation(n=4, prompts=2)).read_text())
-    assert len(parsed.assets) == 8 and "Training" not in parsed.text
-    assert "prompt <1>" in parsed.text
+    assert len(parsed.assets) == 8 and "svg" not in parsed.tags and "prompt <1>" in parsed.text
+
+
+def test_the_page_is_made_again_from_the_folder_alone(tmp_path):
+    log_a_run(tmp_path)
+    log_samples(tmp_path, epochs=3)
+    given = {"summary": "s", "command": "c", "config": {"kl_weight": 0.5}, "facts": {"Time": "7 s"}, "device": "cpu"}
+    page = write_report(tmp_path, "A title", evaluation=make_evaluation(), **given)
+    first = page.read_text()
+    page.unlink()
+    assert render_report(tmp_path, tmp_path / "other.html").read_text() == first
+    assert not page.exists()
+    # what is not said again stays as it was, and what is said is newer
+    later = write_report(tmp_path, summary="another summary").read_text()
+    assert later == first.replace("<p>s</p>", "<p>another summary</p>") != first
+
+
+def test_samples_of_the_first_and_the_last_epoch_are_on_the_page(tmp_path):
+    log_samples(tmp_path, epochs=3)
+    log_a_run(tmp_path)
+    parsed = Page(render_report(tmp_path).read_text())
+    assert len(parsed.assets) == 2 * 8
+    assert "Epoch 0" in parsed.text and "Epoch 2" in parsed.text and "Epoch 1" not in parsed.text
+    assert "0.00 <i>" in parsed.text and "2.00 <i>" in parsed.text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is no run: it holds neither metrics\.jsonl nor report\.json"):
+        render_report(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere is no run: there is no such folder"):
+        render_report(tmp_path / "nowhere")
 
 
 def test_every_set_is_on_the_page(tmp_path):
@@ -145,10 +196,8 @@ def test_pictures_on_the_page_are_not_larger_than_they_are_shown(tmp_path):
 @pytest.mark.parametrize("theme", [LIGHT, DARK])
 def test_curves_are_a_picture_on_the_page_s_own_colour(tmp_path, theme):
     log_a_run(tmp_path)
-    from dpok_trl.results.runlog import read_metrics
-
     picture = Image.open(io.BytesIO(draw_curves(read_metrics(tmp_path), "sum", theme)))
-    assert picture.size == (round(3 * 3.5 * 170), round(2 * 2.5 * 170))
+    assert picture.size == (round(3 * 3.5 * 170), round(3 * 2.5 * 170))
     assert "#{:02x}{:02x}{:02x}".format(*picture.convert("RGB").getpixel((1, 1))) == theme.paper
 
 
@@ -157,6 +206,61 @@ def test_curves_draw_what_there_is():
     assert one.size == (round(3.5 * 170), round(2.5 * 170))
     with pytest.raises(ValueError, match="none of the 1 lines holds a metric that is drawn"):
         draw_curves([{"step": 1, "learning_rate": 0.1}])
+
+
+def test_every_kind_of_metric_has_its_panel():
+    lines = [
+        {"step": 0, "epoch": 0, "reward": 0.5, "value/explained_variance": -0.1},
+        {"step": 1, "epoch": 0, "policy/mask_fraction": 0.5, "sft/mse": 1.0, "kl_o": 0.1},
+        {"step": 1, "epoch": 0, "eval/held-out/clip/score/base": 0.2, "eval/held-out/clip/score/tuned": 0.4,
+         "eval/held-out/clip/score/difference": 0.2, "eval/held-out/kl": 3.0, "eval/held-out/diversity": 0.5},
+    ]  # fmt: skip
+    assert [panel.title for panel in panels_of(lines)] == [
+        "Reward while training", "clip/score on held-out", "Path KL to the pretrained model", "Masked transitions",
+        "Squared error", "Distance from the pretrained output", "Value function",
+    ]  # fmt: skip
+
+
+def test_panels_say_their_values_in_words():
+    lines = [{"step": step, "kl": value} for step, value in enumerate([1.0, math.nan, 4.0, 2.0])]
+    (panel,) = panels_of(lines)
+    assert panel.in_words() == "KL to the reference: from 1 to 2, between 1 and 4."
+    assert 'role="img" aria-label="KL to the reference: from 1 to 2, between 1 and 4."' in draw_panels(lines)[0]
+    (panel,) = panels_of([{"step": 1, "kl": math.nan}])
+    assert panel.in_words() == "KL to the reference: no value is finite."
+
+
+def test_panels_take_the_colours_of_the_page(tmp_path):
+    log_a_run(tmp_path)
+    panels = draw_panels(read_metrics(tmp_path))
+    text = "".join(panels)
+    assert set(re.findall(r"var\((--[\w-]+)\)", text)) >= {"--paper", "--ink", "--faint", "--line", "--series-1"}
+    assert not re.search(r"#[0-9a-f]{6}\b(?!\w)", re.sub(r'(href="#\w+"|url\(#\w+\))', "", text))
+    ids = [found for panel in panels for found in set(re.findall(r'\bid="([^"]*)"', panel))]
+    assert len(ids) == len(set(ids))  # they stand in one page
+
+
+def test_over_optimisation_is_marked():
+    lines = [{"step": e, "epoch": e, "reward": 0.5, "eval/over_optimisation": float(e == 2)} for e in range(4)]
+    (reward,) = draw_panels(lines)
+    assert "over-optimisation" in reward
+    for line in lines:
+        line["eval/over_optimisation"] = 0.0
+    assert "over-optimisation" not in draw_panels(lines)[0]
+
+
+def test_standard_errors_are_of_the_images_that_count():
+    lines = [
+        {"epoch": 0, "reward": 0.5, "reward_std": 2.0, "images": 16, "images_left_out": 0},
+        {"epoch": 0, "kl": 0.5},
+        {"epoch": 1, "reward": 0.5, "reward_std": 3.0, "images": 32, "images_left_out": 7},
+    ]
+    epochs, errors = standard_errors(lines)
+    assert epochs.tolist() == [0, 1] and errors.tolist() == [2.0 / 4, 3.0 / 3]
+    # resumed in another folder: how many of the images are the first line's is not known
+    resumed = [{**line, "epoch": line["epoch"] + 4} for line in lines]
+    assert math.isnan(standard_errors(resumed)[1][0]) and standard_errors(resumed)[1][1] == 1.0
+    assert standard_errors([{"epoch": 0, "reward": 0.5}])[0].shape == (0,)
 
 
 def test_column_keeps_lines_with_both():

@@ -90,10 +90,12 @@ def column(metrics: Lines, x: str, y: str) -> Series:
 
 def standard_errors(metrics: Lines) -> Series:
     """Epochs, and the standard error of each one's mean reward: `reward_std` over the root of the images that count."""
-    epochs, errors, before = [], [], 0.0
+    epochs, errors = [], []
+    before = None  # images of all epochs so far; not known where a run was resumed in another folder
     for line in metrics:
         if "reward" in line and "reward_std" in line and "images" in line:
-            counted = line["images"] - before - line.get("images_left_out", 0)
+            known = before if before is not None else (0 if line["epoch"] == 0 else np.nan)
+            counted = line["images"] - known - line.get("images_left_out", 0)
             before = line["images"]
             epochs.append(line["epoch"])
             errors.append(line["reward_std"] / np.sqrt(counted) if counted > 0 else np.nan)

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -17,12 +17,15 @@ from PIL import Image
 from dpok_trl import __version__
 from dpok_trl.core.gaussian import Reduction
 from dpok_trl.results.curves import DARK, LIGHT, draw_curves, draw_panels
-from dpok_trl.results.evaluation import Comparison, Evaluation
 from dpok_trl.results.evaluation_files import best_of_rows, notes, score_change, score_rows
 from dpok_trl.results.pictures import to_pil
 from dpok_trl.results.provenance import machine, versions
 from dpok_trl.results.runlog import METRICS_FILE, format_reward, read_metrics
 from dpok_trl.results.samples import png, read_samples, sampled_epochs, smaller
+
+
+if TYPE_CHECKING:  # it imports diffusers, which the page of a folder has no need of
+    from dpok_trl.results.evaluation import Comparison, Evaluation
 
 
 REPORT_FILE = "report.html"
