@@ -108,7 +108,7 @@ class Replayer:
             raise ReplayError("the pipeline encodes more prompts in the replay than it did in the rollout")
         record = self.recording.encoded[self._encode_index]
         self._encode_index += 1
-        return self.networks.memo.encode_prompt(*args, **kwargs) if record is None else record.select(self.samples)
+        return self.networks.memo(args, kwargs)[0] if record is None else record.select(self.samples)
 
     def denoise(self, name: str, args: tuple, kwargs: dict) -> Any:
         if self.casts is not None:

@@ -44,7 +44,7 @@ class Buffer:
         self.rounds: deque[Round] = deque(maxlen=rounds)
 
     def make_room(self) -> None:
-        """Frees the memory of the oldest round, before a new one is sampled."""
+        """Frees the memory of the round that the next one has no use for."""
         if len(self.rounds) == self.rounds.maxlen:
             self.rounds.popleft()
 
@@ -63,12 +63,11 @@ class Buffer:
     # ---------------------------------------------------------------- checkpoints
 
     def save(self, folder: Path, process_index: int) -> None:
-        """Writes the rounds that the next one will be used with; nothing for a buffer of one round."""
-        kept = list(self.rounds)[max(0, len(self.rounds) - self.rounds.maxlen + 1) :]
-        if not kept:
+        """Writes the rounds, if there are any."""
+        if not self.rounds:
             return
         tensors: dict[str, torch.Tensor] = {}
-        facts = [_describe_round(one, f"{index}", tensors) for index, one in enumerate(kept)]
+        facts = [_describe_round(one, f"{index}", tensors) for index, one in enumerate(self.rounds)]
         save_file(tensors, _file(folder, process_index), metadata={"rounds": json.dumps(facts)})
 
     def load(self, folder: Path, process_index: int, walk: Walk) -> None:
@@ -98,7 +97,8 @@ def _describe_round(one: Round, name: str, tensors: dict[str, torch.Tensor]) -> 
     for index, batch in enumerate(one.sampled):
         trajectory, prefix = batch.trajectory, f"{name}/sampled/{index}"
         tensors[f"{prefix}/latents"] = torch.stack(trajectory.latents)
-        tensors[f"{prefix}/next_latents"] = torch.stack(trajectory.next_latents)
+        if any(a is not b for a, b in zip(trajectory.latents[1:], trajectory.next_latents, strict=True)):
+            tensors[f"{prefix}/next_latents"] = torch.stack(trajectory.next_latents)
         tensors[f"{prefix}/log_probs"] = trajectory.log_probs
         tensors[f"{prefix}/rewards"] = batch.rewards
         for seen in SEEN_BY_VALUE:
@@ -126,10 +126,12 @@ def _restore_round(fact: dict[str, Any], name: str, tensors: dict[str, torch.Ten
         prefix = f"{name}/sampled/{index}"
         walked = walk(of_batch["prompts"], of_batch["seeds"], fact["epoch"])
         device = walked.log_probs.device
+        latents = tensors[f"{prefix}/latents"].to(device).unbind()
+        others = tensors.get(f"{prefix}/next_latents")  # of a pipeline that changes the latents between the steps
         trajectory = replace(
             walked.without_images(),
-            latents=tensors[f"{prefix}/latents"].to(device).unbind(),
-            next_latents=tensors[f"{prefix}/next_latents"].to(device).unbind(),
+            latents=latents,
+            next_latents=latents[1:] if others is None else others.to(device).unbind(),
             log_probs=tensors[f"{prefix}/log_probs"].to(device),
             **{
                 seen: tensors[f"{prefix}/{seen}"].to(device) for seen in SEEN_BY_VALUE if f"{prefix}/{seen}" in tensors

@@ -117,7 +117,7 @@ class Checkpoints:
             )
         if checkpoint.parent.resolve() != self.folder.resolve():
             self.refuse_other_run()
-        for name, default in (("train_use_lora", True), ("train_text_encoder", False), ("value_input", "features")):
+        for name, default in (("train_use_lora", True), ("train_text_encoder", False)):
             saved, now = state["config"].get(name, default), getattr(trainer.config, name)
             if saved != now:
                 raise ValueError(
@@ -127,6 +127,11 @@ class Checkpoints:
             raise ValueError(
                 f"{checkpoint} holds no value function: it was written with train_adv_type = '{state['config']['train_adv_type']}', and this run has 'value'. Set it "
                 "to what it was, or start a new run from the adapter (`pipe.load_lora_weights(checkpoint)`)."
+            )
+        if trainer.critic is not None and state["config"]["value_input"] != trainer.config.value_input:
+            raise ValueError(
+                f"the value function of {checkpoint} sees {state['config']['value_input']}, and this run has value_input = '{trainer.config.value_input}'. Set it to "
+                f"'{state['config']['value_input']}', or start a new run."
             )
         changed = changed_settings(state["config"], trainer.config.to_dict())
         if changed:

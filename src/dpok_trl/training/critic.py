@@ -85,7 +85,7 @@ class Critic:
                 seen = value_inputs(trajectory, [0], [trajectory.steps[0]])
                 at = torch.tensor([trajectory.steps[0]], device=device)
                 return seen, at, self.function.predict(seen, at)
-            return torch.cat(inputs), torch.tensor(steps, device=device), torch.cat(rewards).to(device)
+            return torch.cat(inputs), torch.tensor(steps, device=device), torch.cat(rewards)
 
         loss = self.function.fit(
             draw,

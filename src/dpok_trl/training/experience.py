@@ -84,13 +84,18 @@ class Experience:
             self.first_is_on_policy = not self.buffer.rounds  # rounds of a checkpoint are another policy's
         steps = cut[0].trajectory.steps
         if config.train_mixed_timesteps and steps not in self.mixes:  # a stochastic window moves
-            self.mixes[steps] = can_mix(self.policy, cut[0], self.accelerator, self.ratio_tolerance)
+            self.mixes[steps] = can_mix(
+                self.policy, cut[0].trajectory, cut[0].samples, self.accelerator, self.ratio_tolerance
+            )
         charged = config.kl_gradient != "paper"
         keep = charged or config.train_objective == "kl_mask"
         if self.reanchor or keep:
             anchor(self.prepared, cut, with_grad=config.torch_compile, keep_distributions=keep)
         if charged:
             self._charge_kl(cut)
+        if config.train_objective != "kl_mask":
+            for batch in cut:
+                batch.old.clear()  # they have served
         return cut
 
     def _kept(self, batches: Sequence[SampledBatch]) -> torch.Tensor:
@@ -178,10 +183,12 @@ class Experience:
         self.buffer.load(folder, self.accelerator.process_index, walk)
 
 
-def can_mix(policy: Policy, batch: TrainingBatch, accelerator: Accelerator, tolerance: float) -> bool:
+def can_mix(
+    policy: Policy, trajectory: Trajectory, samples: Sequence[int], accelerator: Accelerator, tolerance: float
+) -> bool:
     """A trial of several timesteps in one forward pass; all processes decide alike."""
     with accelerator.autocast():
-        error = policy.mixing_error(batch.trajectory, batch.samples)
+        error = policy.mixing_error(trajectory, samples)
     error = largest(accelerator, torch.tensor([math.inf if error is None else error], device=accelerator.device))
     if error <= tolerance:
         return True

@@ -11,10 +11,12 @@ from diffusers import DiffusionPipeline
 
 from dpok_trl.policy.saved import MODEL_FOLDER
 from dpok_trl.policy.tuning import Tuned
-from dpok_trl.results.hub import HubError, open_repository, push_folder, write_model_card
+from dpok_trl.results.hub import HubError, open_repository, push_folder
+from dpok_trl.results.model_card import write_model_card
 from dpok_trl.rewards.combining import RewardSet
 from dpok_trl.training.config import DPOKConfig
 from dpok_trl.training.processes import together
+from dpok_trl.training.run_facts import run_facts
 
 
 logger = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ class PublishingMixin:
             )
         if not self.accelerator.is_main_process:
             return None
-        self._write_model(self._model_folder, repo_id, dataset_name, tags)
+        self._write_model(self._model_folder, repo_id, dataset_name, tags, online=True)
         private = self.config.hub_private_repo if private is None else private
         return self._push(repo_id, commit_message, private)
 
@@ -112,7 +114,7 @@ class PublishingMixin:
         the next push brings all of it. The others wait at their next exchange."""
         if not self.config.push_to_hub or self.config.hub_strategy == "end" or not self.accelerator.is_main_process:
             return
-        self._write_model(self._model_folder)
+        self._write_model(self._model_folder, online=True)
         try:
             self._push(str(self.config.hub_model_id), f"Training in progress, step {self.global_step}")
         except HubError as error:
@@ -128,7 +130,7 @@ class PublishingMixin:
             return
         with together(self.accelerator):
             if self.accelerator.is_main_process:
-                self._write_model(self._model_folder)
+                self._write_model(self._model_folder, online=True)
                 try:
                     self._push(str(self.config.hub_model_id), "End of training")
                 except HubError as error:
@@ -160,14 +162,14 @@ class PublishingMixin:
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
     ) -> None:
-        """Writes `README.md` and `dpok_config.json` into `output_dir`."""
+        """Writes `README.md`, its pictures in `card` and `dpok_config.json` into `output_dir`."""
         if self.accelerator.is_main_process:
             self._write_model_card(self.output_dir, model_name, dataset_name, tags)
 
-    def _write_model(self, folder: Path, *card: Any) -> None:
+    def _write_model(self, folder: Path, *card: Any, online: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.tuned.export(self.pipeline, folder)
-        self._write_model_card(folder, *card)
+        self._write_model_card(folder, *card, online=online)
 
     def _write_model_card(
         self,
@@ -175,19 +177,13 @@ class PublishingMixin:
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
+        online: bool = False,
     ) -> None:
         write_model_card(
             folder,
+            run_facts(self),
             model_name=model_name or self.config.hub_model_id or folder.resolve().name,
-            pipeline=type(self.pipeline).__name__,
-            base_model=self.pipeline.config.get("_name_or_path"),
-            is_adapter=not self.tuned.full,
-            loading_code=lambda base, repository: self.tuned.loading_code(self.pipeline, base, repository),
             dataset_name=dataset_name,
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            reward=", ".join(self.rewards.names),
-            config=self.config.to_dict(),
-            epochs=self.first_epoch,
-            updates=self.global_step,
-            metrics=self.last_metrics,
+            online=online,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import time
@@ -29,11 +28,9 @@ from dpok_trl.core.supervised import (
 from dpok_trl.core.trajectory import Trajectory
 from dpok_trl.core.transitions import NoiseLevels
 from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline
-from dpok_trl.policy.memo import PromptMemo
-from dpok_trl.policy.policy import Policy
 from dpok_trl.rewards.binding import RewardInputs, TrainerState
 from dpok_trl.training.batches import SampledBatch, plan_updates
-from dpok_trl.training.processes import largest
+from dpok_trl.training.experience import can_mix
 from dpok_trl.training.sft_config import DPOKSFTConfig, kept_of
 from dpok_trl.training.sft_data import (
     DATA_FOLDER,
@@ -118,7 +115,6 @@ class DPOKSFTTrainer(DPOKTrainer):
             reward_function = self._settle_dataset(config, reward_function, prompt_function)
             prompt_function = train_dataset
         super().__init__(config, reward_function, prompt_function, sd_pipeline, image_samples_hook, **kwargs)
-        _remember_prompts(self.policy)
         self.data: SupervisedData | None = None
         self._template: Trajectory | None = None  # of a rollout of `train_batch_size`
         self._image_shape: tuple[int, ...] = ()  # of one that the pipeline draws
@@ -313,7 +309,8 @@ class DPOKSFTTrainer(DPOKTrainer):
             )
         self._image_shape = tuple(drawn.images.shape[1:])
         if self.config.train_mixed_timesteps:
-            self._mixed = self._mixes_timesteps(drawn)
+            with self._unguided():
+                self._mixed = can_mix(self.policy, drawn, range(size), self.accelerator, MIXING_TOLERANCE)
         steps = tuple(
             range(1, len(drawn.next_latents))
         )  # the first one starts from the noise that the pipeline draws itself
@@ -333,23 +330,6 @@ class DPOKSFTTrainer(DPOKTrainer):
             recording=recording,
         )
         return self._template
-
-    def _mixes_timesteps(self, drawn: Trajectory) -> bool:
-        """A trial of several timesteps in one forward pass; all processes decide alike."""
-        with self._unguided(), self.accelerator.autocast():
-            error = self.policy.mixing_error(drawn, range(len(drawn)))
-        error = largest(
-            self.accelerator, torch.tensor([math.inf if error is None else error], device=self.accelerator.device)
-        )
-        if error > MIXING_TOLERANCE:
-            logger.warning(
-                "train_mixed_timesteps: the call of %s does not take samples at different timesteps in one forward pass (%s), so training batches stay at one timestep each",
-                type(self.pipeline).__name__,
-                "it fails"
-                if math.isinf(error)
-                else f"its answers are off by {error:.3g}, allowed are {MIXING_TOLERANCE:g}",
-            )
-        return error <= MIXING_TOLERANCE
 
     def _updates_per_pass(self) -> int:
         """Optimizer steps of a pass, for the length of the learning-rate schedule."""
@@ -420,16 +400,3 @@ class DPOKSFTTrainer(DPOKTrainer):
 def _any_gaussian(sample: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, levels: NoiseLevels) -> Gaussian:
     """In the place of a step's transition, where the network is asked and no step is taken: also the last step, without noise, can be trained on."""
     return Gaussian(x0.float(), torch.ones(len(x0)))
-
-
-def _remember_prompts(policy: Policy) -> None:
-    """A replay of prompts that its recording does not have encodes them each time; here once, as a rollout does."""
-    if policy.memo is None:
-        return
-    remembered = PromptMemo(policy.memo.encode_prompt)
-
-    @functools.wraps(policy.memo.encode_prompt)  # its signature says which arguments are prompts
-    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-        return remembered(args, kwargs)[0]
-
-    policy.memo = PromptMemo(encode_prompt)

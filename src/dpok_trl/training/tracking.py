@@ -17,7 +17,7 @@ from dpok_trl.results.runlog import without_secrets
 from dpok_trl.results.samples import SAMPLES_PER_EPOCH, Samples
 from dpok_trl.training.batches import SampledBatch
 from dpok_trl.training.config import DPOKConfig
-from dpok_trl.training.processes import raise_together
+from dpok_trl.training.processes import together
 from dpok_trl.training.scoring import categories_of
 
 
@@ -39,27 +39,25 @@ def start_trackers(accelerator: Accelerator, config: DPOKConfig) -> None:
         `RuntimeError`: If a tracker cannot be started, on all processes; it says what to do.
     """
     settings = without_secrets(config.to_dict())
-    error: Exception | None = None
     accelerator.trackers.clear()  # those of an earlier `train` are closed, and would be logged to again
-    try:
-        accelerator.init_trackers(
-            config.tracker_project_name,
-            config={k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))},
-            init_kwargs=config.tracker_kwargs,
-        )
-    except Exception as raised:  # raised again right below, on all processes
-        names = [str(name) for name in accelerator.log_with]
-        todo = [WITHOUT_LOGIN[name] for name in names if name in WITHOUT_LOGIN]
-        if config.log_with == "all":
-            todo.append(
-                f"log_with = 'all' takes every tracker that is installed ({', '.join(names)}): name the one that you want."
+    with together(accelerator):
+        try:
+            accelerator.init_trackers(
+                config.tracker_project_name,
+                config={k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))},
+                init_kwargs=config.tracker_kwargs,
             )
-        error = RuntimeError(
-            " ".join([f"a tracker could not be started (log_with = '{config.log_with}'): {type(raised).__name__}: {raised}.", *todo,
-                      "Without log_with everything is in output_dir: metrics.jsonl, samples and report.html."])
-        )  # fmt: skip
-        error.__cause__ = raised
-    raise_together(accelerator, error)
+        except Exception as raised:  # whatever a tracker raises: said with what to do
+            names = [str(name) for name in accelerator.log_with]
+            todo = [WITHOUT_LOGIN[name] for name in names if name in WITHOUT_LOGIN]
+            if config.log_with == "all":
+                todo.append(
+                    f"log_with = 'all' takes every tracker that is installed ({', '.join(names)}): name the one that you want."
+                )
+            raise RuntimeError(
+                " ".join([f"a tracker could not be started (log_with = '{config.log_with}'): {type(raised).__name__}: {raised}.", *todo,
+                          "Without log_with everything is in output_dir: metrics.jsonl, samples and report.html."])
+            ) from raised  # fmt: skip
 
 
 def logged_samples(trainer: DPOKTrainer, batches: Sequence[SampledBatch], epoch: int, step: int) -> Samples:
