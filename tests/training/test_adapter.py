@@ -186,7 +186,8 @@ def pushed(monkeypatch):
     """What would be uploaded: (files, repository, private) of each push."""
     pushes = []
 
-    def push(folder, repo_id, *, commit_message, private):
+    def push(folder, repo_id, *, commit_message, private, checkpoint):
+        assert checkpoint is None  # hub_strategy = "end"
         pushes.append(({path.name: path.read_bytes() for path in folder.iterdir()}, repo_id, private))
         return f"https://huggingface.co/{repo_id}/commit/1"
 

@@ -1,4 +1,4 @@
-"""What goes to the Hub: a minimal honest model card, and the upload."""
+"""The upload to the Hub: which files go there, and what may go wrong."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCardData, get_token
 from huggingface_hub.errors import (  # HTTPError: of the HTTP library that huggingface_hub uses, which differs between its versions
     HfHubHTTPError,
     HFValidationError,
@@ -33,7 +33,8 @@ from dpok_trl.policy.saved import (
     find_model,
     holds_model,
 )
-from dpok_trl.results.provenance import PRIVATE_SETTINGS
+from dpok_trl.results.model_card import PICTURES, hub_id
+from dpok_trl.results.provenance import public_settings
 from dpok_trl.results.runlog import METRICS_FILE
 
 
@@ -41,111 +42,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-TEMPLATE = """---
-{{{{ card_data }}}}
----
-
-# {model_name}
-
-{what} trained with [dpok-trl](https://pypi.org/project/dpok-trl/) by DPOK: reinforcement learning with a KL term to the
-pretrained model.
-
-| | |
-|---|---|
-| base model | {base_model} |
-| reward | `{reward}` |
-| epochs, optimizer steps | {epochs}, {updates} |
-{metric_rows}
-
-```python
-{loading_code}
-image = pipe("a prompt").images[0]
-```
-
-The numbers are of the last training batches, not of a held-out evaluation. A model tuned on a reward inherits what that reward
-overlooks: look at the images before you use it.
-
-## Settings
-
-```json
-{config}
-```
-
-## Citation
-
-```bibtex
-@inproceedings{{fan2023dpok,
-  title     = {{DPOK: Reinforcement Learning for Fine-tuning Text-to-Image Diffusion Models}},
-  author    = {{Ying Fan and Olivia Watkins and Yuqing Du and Hao Liu and Moonkyung Ryu and Craig Boutilier and Pieter Abbeel and
-               Mohammad Ghavamzadeh and Kangwook Lee and Kimin Lee}},
-  booktitle = {{Advances in Neural Information Processing Systems}},
-  year      = {{2023}},
-  url       = {{https://arxiv.org/abs/2305.16381}}
-}}
-```
-"""
-
-
-def write_model_card(
-    folder: str | Path,
-    *,
-    model_name: str,
-    pipeline: str,
-    base_model: str | None,
-    is_adapter: bool,
-    loading_code: Callable[[str, str], str],
-    reward: str,
-    config: dict[str, Any],
-    epochs: int,
-    updates: int,
-    metrics: dict[str, float],
-    dataset_name: str | None = None,
-    tags: list[str] | None = None,
-) -> None:
-    """Writes `README.md` and `dpok_config.json` into `folder`.
-
-    Args:
-        is_adapter (`bool`): Whether the folder holds an adapter, or a whole pipeline.
-        loading_code (`Callable[[str, str], str]`): From the base model and the repository, the lines of Python that load it.
-
-    The licence is left out: it follows from the base model's and is the user's to state.
-    """
-    folder = Path(folder)
-    if base_model is not None and Path(base_model).exists():
-        base_model = None  # a folder on this machine: no Hub id, and nobody else's business
-    shown = {"reward": "reward (last batch)", "kl": "KL per step (last batch)"}
-    rows = [f"| {label} | {metrics[name]:.4g} |" for name, label in shown.items() if name in metrics]
-    data = ModelCardData(
-        base_model=base_model,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        datasets=dataset_name,
-        tags=[
-            "text-to-image",
-            "diffusers",
-            *(["lora"] if is_adapter else []),
-            "reinforcement-learning",
-            *(tags or []),
-        ],
-    )
-    settings = {name: value for name, value in config.items() if name.split("/")[0] not in PRIVATE_SETTINGS}
-    settings = json.dumps(settings, indent=2, default=str)
-    text = TEMPLATE.format(
-        model_name=model_name,
-        base_model=base_model or f"a local {pipeline}",
-        what="A LoRA adapter" if is_adapter else f"A {pipeline}, its denoiser fine-tuned in all weights,",
-        loading_code=loading_code(base_model or f"path/to/the/{pipeline}", model_name),
-        reward=reward,
-        epochs=epochs,
-        updates=updates,
-        metric_rows="\n".join(rows),
-        config=settings,
-    )
-    ModelCard(text.replace("{{ card_data }}", data.to_yaml())).save(folder / "README.md")
-    (folder / "dpok_config.json").write_text(settings)
-
-
 TRIES, FIRST_WAIT = 3, 1.0  # of requests that huggingface_hub does not repeat by itself; seconds, doubled each time
+BUSY = (408, 429)  # statuses that are no refusal
 # What of a run's output folder, or of a checkpoint, is the model.
 MODEL_FILES = (
     CARD_FILE,
@@ -155,6 +53,7 @@ MODEL_FILES = (
     "*/adapter_config.json",
     "*/config.json",
     "*/diffusion_pytorch_model*.json",  # index of weights in several files
+    f"{PICTURES}/*.png",
 )
 
 
@@ -203,20 +102,21 @@ def push_folder(
     files = model_files(Path(folder), name)
     if checkpoint is not None:
         files |= {f"{LAST_CHECKPOINT}/{path}": content for path, content in checkpoint_files(checkpoint).items()}
-    replaced = tuple(f"{top}/" for top in (LAST_CHECKPOINT, "samples") if any(p.startswith(f"{top}/") for p in files))
+    replaced = tuple(f"{top}/" for top in (LAST_CHECKPOINT, PICTURES) if any(p.startswith(f"{top}/") for p in files))
     api = HfApi()
-    with told_in_words(name):
-        there = _repeated(lambda: api.list_repo_files(name)) if replaced else []
+
+    def commit() -> str:
+        there = api.list_repo_files(name) if replaced else []
         changes: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
             for path, content in files.items()
         ]
-        changes += [
-            CommitOperationDelete(path)
-            for path in there
-            if replaced and path.startswith(replaced) and path not in files
-        ]
+        gone = [path for path in there if path.startswith(replaced) and path not in files]
+        changes += [CommitOperationDelete(path) for path in gone]
         return str(api.create_commit(name, changes, commit_message=commit_message).commit_url)
+
+    with told_in_words(name):
+        return _repeated(commit)  # all of it: if the commit has come through after all, nothing is left to send
 
 
 def newest_model(folder: Path) -> Path:
@@ -253,7 +153,7 @@ def checkpoint_files(checkpoint: Path) -> dict[str, Path | bytes]:
         path.relative_to(checkpoint).as_posix(): path for path in sorted(checkpoint.rglob("*")) if path.is_file()
     }
     state = json.loads((checkpoint / STATE_FILE).read_text())
-    state["config"] = {k: v for k, v in state["config"].items() if k.split("/")[0] not in PRIVATE_SETTINGS}
+    state["config"] = public_settings(state["config"])
     state["base_model"] = hub_id(state.get("base_model"))
     return {**files, STATE_FILE: json.dumps(state, indent=2).encode()}
 
@@ -282,11 +182,6 @@ def short_card(folder: Path, repo_id: str) -> str:
         f"---\n{data.to_yaml()}\n---\n\n# {repo_id}\n\nTrained with [dpok-trl](https://pypi.org/project/dpok-trl/).\n\n"
         f'```python\nfrom dpok_trl import load_tuned\n\npipe = load_tuned("{repo_id}"{given})\nimage = pipe("a prompt").images[0]\n```\n'
     )
-
-
-def hub_id(base: str | None) -> str | None:
-    """A base model that is no folder of this machine."""
-    return None if base is None or Path(base).exists() or base.count("/") > 1 or base.startswith((".", "~")) else base
 
 
 # --- what may go wrong ------------------------------------------------------------------------------------------------
@@ -326,9 +221,6 @@ def hub_error(error: Exception, repo_id: str) -> HubError:
     if status is not None and 400 <= status < 500 and status not in BUSY:
         return HubError(f"the Hub refuses {repo_id}: {said}")
     return HubError(f"the Hub does not answer as it should ({type(error).__name__}: {said})", temporary=True)
-
-
-BUSY = (408, 429)
 
 
 def _repeated(request: Callable[[], T]) -> T:
