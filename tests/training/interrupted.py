@@ -1,0 +1,71 @@
+"""What a process of test_interruption.py does: `python interrupted.py FOLDER MODE`, also under torchrun; not collected by pytest."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import conftest  # noqa: F401  (offline, one thread)
+from tiny import stable_diffusion
+from transformers import TrainerCallback
+
+from dpok_trl import DPOKConfig, DPOKTrainer
+
+
+FOLDER, MODE = Path(sys.argv[1]), sys.argv[2]
+RUN = {"save_freq": 0, "sample_grid_freq": 0, "sample_num_steps": 2, "sample_batch_size": 2, "sample_num_batches_per_epoch": 1}  # fmt: skip
+
+
+class Telling(TrainerCallback):
+    """Says where the run is, for the test to send its signal in the middle of an epoch."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        print(f"in epoch {int(state.epoch)}", flush=True)
+
+
+class Signalled(TrainerCallback):
+    """Process 1 gets a SIGTERM in the second epoch."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if args.process_index == 1 and int(state.epoch) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def dying(images, prompts, metadata):
+    """A reward in whose second call process 1 is gone, without a word."""
+    if trainer.accelerator.process_index == 1 and trainer.first_epoch == 1:
+        os._exit(3)
+    return images[:, 0].mean((1, 2)), {}
+
+
+def red(images, prompts, metadata):
+    return images[:, 0].mean((1, 2)), {}
+
+
+def make(name, reward=red, callbacks=(), **kwargs):
+    config = DPOKConfig(output_dir=str(FOLDER / name), num_epochs=10_000, **{**RUN, **kwargs})
+    return DPOKTrainer(config, reward, ["a cat", "two dogs"], stable_diffusion(), callbacks=callbacks)
+
+
+def interrupted(trainer):
+    """Trains, and tells how it ended."""
+    try:
+        trainer.train()
+    except KeyboardInterrupt as error:
+        told = {"message": str(error), "epochs": trainer.first_epoch, "steps": trainer.global_step}
+        (FOLDER / f"{trainer.output_dir.name}-{trainer.accelerator.process_index}.json").write_text(json.dumps(told))
+        return error
+
+
+if MODE == "dies":
+    trainer = make("dies", dying, save_freq=1)
+    trainer.train()
+elif MODE == "signalled":
+    interrupted(make("by rank 1", callbacks=[Signalled]))
+    raise interrupted(make("by the launcher", callbacks=[Telling]))
+else:
+    make("alone", callbacks=[Telling]).train()
