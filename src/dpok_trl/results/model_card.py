@@ -31,6 +31,7 @@ from dpok_trl.results.evaluation_files import GRID_FILE, JSON_FILE
 from dpok_trl.results.pictures import SMALLEST_CELL, fit_cell
 from dpok_trl.results.provenance import command_line, git_commit, public_settings, versions
 from dpok_trl.results.runlog import METRICS_FILE, read_metrics
+from dpok_trl.results.samples import read_samples, sampled_epochs
 from dpok_trl.rewards.info import RewardInfo
 
 
@@ -175,22 +176,6 @@ def write_model_card(
     (folder / CONFIG_FILE).write_text(settings, encoding="utf-8")
 
 
-def refuse_invalid_card(folder: str | Path) -> None:
-    """Asks the Hub whether it takes the metadata of a card: better before the upload than after it.
-
-    Raises:
-        `ValueError`: If it does not, with what it says.
-        `OSError`: If it could not be asked.
-    """
-    path = Path(folder) / CARD_FILE
-    try:
-        ModelCard.load(path).validate()
-    except ValueError as error:
-        raise ValueError(
-            f"the Hub does not take the metadata of the model card {path}: {error}. Mend what stands between the two lines of --- at its top, and push the folder."
-        ) from error
-
-
 # --- where it comes from ----------------------------------------------------------------------------------------------
 
 
@@ -262,22 +247,23 @@ def _put_pictures(
         shutil.rmtree(target)  # of the card before
     target.mkdir(parents=True)
     found: dict[str, Any] = dict.fromkeys(("comparison_picture", "grid_picture", "grid_epoch", "curves_picture"))
-    gallery = []
+    samples: list[tuple[str, Image.Image]] = []
+    epochs = [epoch for epoch in sampled_epochs(facts.run_folder) if epoch < facts.epochs]  # others are another run's
     if evaluation is not None:
         shutil.copyfile(facts.evaluation_folder / GRID_FILE, target / "before-after.png")
         found["comparison_picture"] = f"{PICTURES}/before-after.png"
         for one in evaluation.sets.values():
             for file, row in one["samples"].items():
-                if len(gallery) < GALLERY:
-                    place = f"{PICTURES}/sample-{len(gallery)}.png"
-                    enlarged(Image.open(facts.evaluation_folder / file)).save(folder / place)
-                    gallery.append({"text": one["prompts"][row], "output": {"url": place}})
-    else:
-        named = [(re.fullmatch(r"epoch-(\d+)", path.stem), path) for path in facts.run_folder.glob("samples/*.png")]
-        grids = {int(match[1]): path for match, path in named if match and int(match[1]) < facts.epochs}
-        if grids:
-            shutil.copyfile(grids[max(grids)], target / "samples.png")
-            found |= {"grid_picture": f"{PICTURES}/samples.png", "grid_epoch": max(grids)}
+                samples.append((one["prompts"][row], Image.open(facts.evaluation_folder / file)))
+    elif epochs:
+        shutil.copyfile(facts.run_folder / "samples" / f"epoch-{epochs[-1]:04d}.png", target / "samples.png")
+        found |= {"grid_picture": f"{PICTURES}/samples.png", "grid_epoch": epochs[-1]}
+        samples = [(row["prompt"], row["image"]) for row in read_samples(facts.run_folder, epochs[-1])]
+    gallery = []
+    for number, (prompt, picture) in enumerate(samples[:GALLERY]):
+        place = f"{PICTURES}/sample-{number}.png"
+        enlarged(picture).save(folder / place)
+        gallery.append({"text": prompt, "output": {"url": place}})
     if any("reward" in line for line in metrics):
         (target / "curves.png").write_bytes(draw_curves(metrics, facts.reduction))
         found["curves_picture"] = f"{PICTURES}/curves.png"
