@@ -180,9 +180,8 @@ def test_all_processes_stop_after_the_same_epoch(start, tmp_path):
 
 def test_a_process_that_dies_ends_the_others_and_leaves_whole_checkpoints(start, tmp_path):
     process = start("dies", processes=2)
-    told = process.communicate(timeout=120)[
-        1
-    ]  # and not when a collective runs into its time limit, which is half an hour
+    # and not when a collective runs into its time limit, which is half an hour
+    told = process.communicate(timeout=120)[1]
     assert process.returncode == 1
     assert "exitcode  : 3" in told and "rank      : 1" in told  # torchrun says which one, and how
     assert [path.name for path in (tmp_path / "dies").glob("*checkpoint*")] == ["checkpoint-2"]  # of the first epoch
