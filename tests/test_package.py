@@ -2,12 +2,14 @@
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import dpok_trl
 
@@ -91,6 +93,150 @@ def test_wheel_has_everything(tmp_path):
     assert "dpok_trl/py.typed" in packed
     assert f"{info}/licenses/LICENSE" in packed
     assert "dpok-trl = dpok_trl.cli:main" in entry_points
+
+
+# --- release and repository -------------------------------------------------------------------------------------------
+
+INIT = '__version__ = "{version}"\n_MODULE_OF = {{"A": "dpok_trl.a", "B": "dpok_trl.b"}}\n__all__ = ["A", "B", "__version__"]\n'
+API = "::: dpok_trl.a.A\n\n::: dpok_trl.b.B\n"
+
+
+@pytest.fixture
+def release(tmp_path):
+    """A folder that could be released as 0.2.0; gives what `check_release` finds in it after a change of one file."""
+    sys.path.insert(0, str(REPOSITORY / "tools"))
+    from check_release import problems
+
+    sys.path.pop(0)
+    files = {
+        "src/dpok_trl/__init__.py": INIT.format(version="0.2.0"),
+        "CHANGELOG.md": "# Changelog\n\n## [Unreleased]\n\n## [0.2.0] - 2026-11-20\n\n- New.\n",
+        "CITATION.cff": "version: 0.2.0\n",
+        "docs/api.md": API,
+    }
+
+    def found(tag="v0.2.0", **changes):
+        for name, text in {**files, **changes}.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return problems(tmp_path, tag)
+
+    return found
+
+
+def test_this_repository_agrees_with_itself():
+    result = subprocess.run([sys.executable, REPOSITORY / "tools/check_release.py"], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_release_that_agrees(release):
+    assert release() == release(tag=None) == []
+
+
+def test_a_release_that_does_not_agree(release):
+    assert release(tag="v0.3.0") == ["the tag is v0.3.0, and __version__ is 0.2.0: one of the two is wrong"]
+    undated = "## [Unreleased]\n\n## [0.2.0]\n"
+    assert release(**{"CHANGELOG.md": undated}) == [
+        "CHANGELOG.md must have `## [0.2.0] - <year-month-day>` right after [Unreleased]"
+    ]
+    forgotten = "## [Unreleased]\n\n- More.\n\n## [0.2.0] - 2026-11-20\n\n- New.\n"
+    assert release(tag=None, **{"CHANGELOG.md": forgotten}) == []
+    assert release(**{"CHANGELOG.md": forgotten}) == [
+        "what is under [Unreleased] in CHANGELOG.md belongs to 0.2.0, or is not in this release"
+    ]
+    assert release(**{"CITATION.cff": "version: 0.1.0\n"}) == [
+        "CITATION.cff says version 0.1.0, and __version__ is 0.2.0"
+    ]
+    assert release(**{"docs/api.md": "::: dpok_trl.a.A\n::: dpok_trl.c.B\n::: dpok_trl.c.C\n"}) == [
+        "C is in docs/api.md and not in __all__",
+        "docs/api.md has B in dpok_trl.c, and it is in dpok_trl.b",
+    ]
+
+
+def test_a_development_version_is_not_released(release):
+    source = {"src/dpok_trl/__init__.py": INIT.format(version="0.3.0.dev0"), "CITATION.cff": "version: 0.3.0.dev0\n"}
+    assert release(tag=None, **source) == ["0.3.0.dev0 has nothing under [Unreleased] in CHANGELOG.md"]
+    assert release(tag="v0.3.0.dev0", **source)[-1] == "0.3.0.dev0 is a development version, which is not released"
+
+
+WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
+
+
+def test_the_workflows_are_there():
+    assert [path.stem for path in WORKFLOWS] == ["docs", "lint", "release", "tests"]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow(path):
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["name"] == path.stem and workflow[True], "`on` is read as True by YAML 1.1"
+    assert workflow["permissions"] == {"contents": "read"}
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.M))
+    for name, job in workflow["jobs"].items():
+        assert job["timeout-minutes"] <= 60, name
+        for step in job["steps"]:
+            if "uses" in step:
+                assert re.fullmatch(r"[\w-]+/[\w-]+@(v\d+|release/v\d+)", step["uses"]), step["uses"]
+            else:
+                program, *words = step["run"].split()
+                ours = program == "make" and words[0] in targets
+                assert ours or any((REPOSITORY / word).is_file() for word in (program, *words[:1])), step["run"]
+
+
+def test_the_pythons_that_are_tested_are_those_that_are_promised():
+    matrix = yaml.safe_load((REPOSITORY / ".github/workflows/tests.yml").read_text())["jobs"]["tests"]["strategy"]
+    text = (REPOSITORY / "pyproject.toml").read_text()
+    promised = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', text)
+    assert matrix["matrix"]["python-version"] == promised
+    assert re.search(r'requires-python = ">=(.+)"', text)[1] == promised[0]
+
+
+def test_only_the_job_that_publishes_may_ask_for_a_token_of_pypi():
+    jobs = yaml.safe_load((REPOSITORY / ".github/workflows/release.yml").read_text())["jobs"]
+    assert jobs["publish"]["permissions"] == {"id-token": "write"} and jobs["publish"]["environment"] == "pypi"
+    assert jobs["publish"]["needs"] == "build" and "permissions" not in jobs["build"]
+    assert not any("run" in step for step in jobs["publish"]["steps"])
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.stem
+)
+def test_an_issue_template(path):
+    template = yaml.safe_load(path.read_text())
+    if path.stem == "config":
+        assert template == {"blank_issues_enabled": True}
+        return
+    assert {"name", "description", "labels", "body"} <= template.keys()
+    assert {part["type"] for part in template["body"]} <= {"markdown", "textarea", "input"}
+    assert all(part["attributes"].get("label") or part["type"] == "markdown" for part in template["body"])
+
+
+@pytest.mark.parametrize("script", [".ci/run", ".ci/wheel"])
+def test_a_script_of_the_ci(script):
+    assert (REPOSITORY / script).stat().st_mode & 0o111
+    assert subprocess.run(["bash", "-n", REPOSITORY / script]).returncode == 0
+
+
+def test_what_contributing_names_is_there():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    named = set(
+        re.findall(
+            r"`((?:src|tests|tools|docs|policy|core|rewards|prompts|training|results|commands|\.ci)/[\w./-]*)`", text
+        )
+    )
+    assert len(named) > 25
+    assert [name for name in sorted(named) if not ((REPOSITORY / name).exists() or (SOURCE / name).exists())] == []
+    for name in ("_READERS", "SHIPPED", "COMMANDS", "EXAMPLES"):
+        assert name in text
+
+
+def test_the_citation():
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["license"] == "Apache-2.0"
+    paper = citation["references"][0]
+    readme = (REPOSITORY / "README.md").read_text()
+    assert paper["title"] in readme and all(author["family-names"] in readme for author in paper["authors"])
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
