@@ -7,7 +7,7 @@ import re
 import pytest
 
 from dpok_trl.policy.saved import find_model
-from dpok_trl.results.hub import card_for, hub_id, newest_model
+from dpok_trl.results.hub import card_for, checkpoint_files, newest_model
 
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -29,13 +29,13 @@ pipe.load_lora_weights("rabbit")
 def model(tmp_path_factory):
     """A saved model, as far as a push looks at it."""
     folder = tmp_path_factory.mktemp("models") / "rabbit"
-    (folder / "samples").mkdir(parents=True)
+    (folder / "card").mkdir(parents=True)
     (folder / ".cache").mkdir()
     (folder / ".cache" / "lock").touch()
     (folder / LORA).write_bytes(bytes(range(256)) * 40)
     (folder / "README.md").write_text(CARD)
     (folder / "dpok_config.json").write_text('{"seed": 0}')
-    (folder / "samples" / "1.png").write_bytes(b"one")
+    (folder / "card" / "1.png").write_bytes(b"one")
     return folder
 
 
@@ -55,7 +55,7 @@ def checkpoint(model):
 def answers(hub, client, model, checkpoint):
     """By name, what each command answered; all in one process."""
     hub.create("you/theirs")
-    hub.create("me/edited", files={"samples/0.png": b"old", "notes.txt": b"mine"})
+    hub.create("me/edited", files={"card/0.png": b"old", "notes.txt": b"mine"})
     hub.fail("POST /api/repos/create", status=503, times=2)  # the first push
     hub.fail("POST /api/models/me/flaky/commit", status=500, times=2)
     hub.fail("POST /api/models/me/cut/preupload", status=None, times=1)
@@ -76,7 +76,7 @@ def answers(hub, client, model, checkpoint):
         "in somebody's name": ([*push, "you/new"], "hf_me"),
         "bad name": ([*push, "me/rabbit lora"], "hf_me"),
         "no folder": (["push", str(model / "no"), "me/x"], "hf_me"),
-        "no model": (["push", str(model / "samples"), "me/x"], "hf_me"),
+        "no model": (["push", str(model / "card"), "me/x"], "hf_me"),
         "read by nobody": (["evaluate", "me/rabbit", "--base", "x", "--prompts", "a", "--reward", "demo-soft"], None),
     }
     asked = json.dumps([{"argv": argv, "token": token} for argv, token in commands.values()])
@@ -94,7 +94,7 @@ def test_a_push_brings_all_of_the_model_and_prints_where_it_is(hub, answers, mod
     assert answers["first"]["code"] == 0, answers["first"]["err"]
     url = f"{hub.url}/me/rabbit/commit/{hub.repositories['me/rabbit'].at('main').oid}"
     assert answers["first"]["out"].splitlines()[-1] == url
-    files = {path: (model / path).read_bytes() for path in (LORA, "dpok_config.json", "samples/1.png")}
+    files = {path: (model / path).read_bytes() for path in (LORA, "dpok_config.json", "card/1.png")}
     card = CARD.replace("# rabbit", "# me/rabbit").replace('("rabbit")', '("me/rabbit")').encode()
     assert hub.files("me/rabbit") == {**files, "README.md": card}
     assert (model / "README.md").read_text() == CARD
@@ -115,10 +115,10 @@ def test_a_name_without_an_owner_is_the_tokens(hub, answers):
     assert not hub.repositories["me/hare"].private
 
 
-def test_samples_are_replaced_and_other_files_are_left_alone(hub, answers):
+def test_pictures_of_the_card_are_replaced_and_other_files_are_left_alone(hub, answers):
     files = hub.files("me/edited")
     assert answers["edited"]["code"] == 0 and files["notes.txt"] == b"mine"
-    assert [path for path in files if path.startswith("samples/")] == ["samples/1.png"]
+    assert [path for path in files if path.startswith("card/")] == ["card/1.png"]
 
 
 @pytest.mark.parametrize("name", ["flaky", "cut"])
@@ -182,6 +182,20 @@ def test_a_card_that_names_the_repository_stays_as_it_is():
     assert card_for("no code\n", "me/rabbit") == "no code\n"
 
 
-def test_which_bases_are_names_of_the_hub(tmp_path):
-    assert hub_id("someone/base") == "someone/base"
-    assert [hub_id(base) for base in (str(tmp_path), "/gone/base", "./a/b", "~/b", None)] == [None] * 5
+def test_of_a_checkpoint_nothing_of_this_machine_goes_up(tmp_path):
+    state = {
+        "epoch": 3,
+        "config": {"seed": 0, "output_dir": str(tmp_path), "tracker_kwargs/wandb/entity": "my-team"},
+        "base_model": str(tmp_path),
+        "callbacks": {"best_metric": 0.5, "best_model_checkpoint": str(tmp_path / "checkpoint-2")},
+    }
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    (tmp_path / "optimizer.bin").write_bytes(b"moments")
+    files = checkpoint_files(tmp_path)
+    assert files.keys() == {"trainer_state.json", "optimizer.bin"}
+    assert json.loads(files["trainer_state.json"]) == {
+        "epoch": 3,
+        "config": {"seed": 0},
+        "base_model": None,
+        "callbacks": {"best_metric": 0.5, "best_model_checkpoint": None},
+    }

@@ -25,7 +25,7 @@ LAST_CHECKPOINT = "last-checkpoint"  # the newest one, in a repository of the Hu
 # By one of them a folder with what was trained is known.
 WEIGHTS = (LORA_FILE, PIPELINE_FILE, f"*/{PEFT_FILE}", "*/diffusion_pytorch_model*.safetensors")
 # Of no use to somebody who loads a model.
-NOT_OF_THE_MODEL = (f"{LAST_CHECKPOINT}/*", "samples/*", "*.png")
+NOT_OF_THE_MODEL = (f"{LAST_CHECKPOINT}/*", "*.png")
 
 
 def find_model(model: str | Path) -> Path:

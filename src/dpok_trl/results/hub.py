@@ -154,7 +154,8 @@ def checkpoint_files(checkpoint: Path) -> dict[str, Path | bytes]:
     }
     state = json.loads((checkpoint / STATE_FILE).read_text())
     state["config"] = public_settings(state["config"])
-    state["base_model"] = hub_id(state.get("base_model"))
+    state["base_model"] = hub_id(state["base_model"])
+    state["callbacks"]["best_model_checkpoint"] = None  # a folder of this machine
     return {**files, STATE_FILE: json.dumps(state, indent=2).encode()}
 
 
