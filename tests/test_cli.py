@@ -165,6 +165,7 @@ def check_what_a_demo_leaves(output, epochs, images):
     assert {path.name for path in (output / "lora").iterdir()} == {
         "pytorch_lora_weights.safetensors",
         "README.md",
+        "card",
         "dpok_config.json",
     }
     for name in ("report.html", "grid.png", "curves.png", "samples/epoch-0000.png"):
