@@ -33,7 +33,10 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 HUB = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "owner/model")
 
 # Pages that have a test of their own which runs them whole.
-ELSEWHERE = {"bring-your-own-pipeline": "tests/commands/test_bring_your_own.py"}
+ELSEWHERE = {
+    "bring-your-own-pipeline": "tests/commands/test_bring_your_own.py",
+    "hub": "tests/hub/test_page.py",
+}
 
 TRAINED = """
 from dpok_trl import DPOKConfig, DPOKTrainer

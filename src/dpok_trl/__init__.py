@@ -35,6 +35,7 @@ _MODULE_OF = {
     "evaluate": "dpok_trl.results.evaluation",
     "Evaluation": "dpok_trl.results.evaluation",
     "Comparison": "dpok_trl.results.evaluation",
+    "HubError": "dpok_trl.results.hub",
     "load_prompts": "dpok_trl.prompts.datasets",
     "RewardError": "dpok_trl.rewards.base",
     "RewardReport": "dpok_trl.rewards.checking",
@@ -98,6 +99,7 @@ __all__ = [
     "Negated",
     "Cached",
     "RewardError",
+    "HubError",
     "RatioError",
     "ReplayError",
     "UnsupportedPipelineError",
@@ -116,6 +118,7 @@ if TYPE_CHECKING:
     from dpok_trl.policy.schedulers import DPOKSchedulerOutput, UnsupportedSchedulerError, scheduler_step
     from dpok_trl.prompts.datasets import load_prompts
     from dpok_trl.results.evaluation import Comparison, Evaluation, evaluate
+    from dpok_trl.results.hub import HubError
     from dpok_trl.rewards.aesthetic import Aesthetic
     from dpok_trl.rewards.base import RewardError
     from dpok_trl.rewards.checking import RewardReport, check_reward
