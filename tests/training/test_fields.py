@@ -682,42 +682,51 @@ def _kl_weight(run, monkeypatch):
     assert len(calls_of(run, kl_weight=0.5).rows_where(grad=False, reference=True)) == 2
 
 
-@case("eval_freq", "eval_num_images_per_prompt", "eval_batch_size", "eval_num_steps")
-def _evaluation(run, monkeypatch):
-    def evaluated(**kwargs):
-        """Epochs of the evaluations, and the rows and the number of calls of the denoiser in the images of one."""
-        trainer = run.train(eval_prompts=["a cat", "two dogs"], num_epochs=2, sample_guidance_scale=1.0, **kwargs)
-        epochs = [line["epoch"] for line in run.get("lines")(trainer, "eval/prompts/kl")]
-        calls = run.get("watch")(trainer.pipeline.unet)
-        trainer.evaluate()
-        return epochs, calls.rows
-
-    # two prompts of four images in batches of two and two steps: as images, and twice in the replays of the KL
-    assert evaluated(eval_freq=0) == ([], [2] * 4 * 2 * (1 + 2 + 1))
-    assert evaluated(eval_freq=1) == ([0, 1], [2] * 4 * 2 * (1 + 2))  # the pretrained images are there
-    assert evaluated(eval_freq=2) == ([1], [2] * 4 * 2 * (1 + 2))
-    assert evaluated(eval_freq=2, eval_num_images_per_prompt=2) == ([1], [2] * 2 * 2 * (1 + 2))
-    assert evaluated(eval_freq=2, eval_batch_size=8) == ([1], [8] * 1 * 2 * (1 + 2))
-    assert evaluated(eval_freq=2, eval_num_steps=3) == ([1], [2] * 4 * 3 * (1 + 2))
+def evaluated(run, **kwargs):
+    """The rows and the number of calls of the denoiser in an evaluation without training: the images of both models, and two replays for the KL."""
+    trainer = run.make(
+        eval_prompts=["a cat", "two dogs"],
+        **{
+            "sample_num_steps": 2,
+            "sample_batch_size": 2,
+            "sample_guidance_scale": 1.0,
+            "train_batch_size": 2,
+            **kwargs,
+        },
+    )
+    calls = run.get("watch")(trainer.pipeline.unet)
+    trainer.evaluate()
+    return calls.rows
 
 
-@case("eval_freq", "eval_num_images_per_prompt", "eval_batch_size", "eval_num_steps")
-def _evaluation(run, monkeypatch):
-    def evaluated(**kwargs):
-        """Epochs of the evaluations, and the rows and the number of calls of the denoiser in the images of one."""
-        trainer = run.train(eval_prompts=["a cat", "two dogs"], num_epochs=2, sample_guidance_scale=1.0, **kwargs)
-        epochs = [line["epoch"] for line in run.get("lines")(trainer, "eval/prompts/kl")]
-        calls = run.get("watch")(trainer.pipeline.unet)
-        trainer.evaluate()
-        return epochs, calls.rows
+@case("eval_freq")
+def _eval_freq(run, monkeypatch):
+    def epochs(eval_freq):
+        trainer = run.train(
+            eval_prompts=["a cat"], num_epochs=2, eval_freq=eval_freq, eval_num_images_per_prompt=1, sample_guidance_scale=1.0
+        )  # fmt: skip
+        return [line["epoch"] for line in run.get("lines")(trainer, "eval/prompts/kl")]
 
-    # two prompts of four images in batches of two and two steps: as images, and twice in the replays of the KL
-    assert evaluated(eval_freq=0) == ([], [2] * 4 * 2 * (1 + 2 + 1))
-    assert evaluated(eval_freq=1) == ([0, 1], [2] * 4 * 2 * (1 + 2))  # the pretrained images are there
-    assert evaluated(eval_freq=2) == ([1], [2] * 4 * 2 * (1 + 2))
-    assert evaluated(eval_freq=2, eval_num_images_per_prompt=2) == ([1], [2] * 2 * 2 * (1 + 2))
-    assert evaluated(eval_freq=2, eval_batch_size=8) == ([1], [8] * 1 * 2 * (1 + 2))
-    assert evaluated(eval_freq=2, eval_num_steps=3) == ([1], [2] * 4 * 3 * (1 + 2))
+    assert (epochs(1), epochs(2)) == ([0, 1], [1])
+
+
+@case("eval_num_images_per_prompt")
+def _eval_num_images_per_prompt(run, monkeypatch):
+    # two prompts of four images in batches of two and two steps
+    assert evaluated(run) == [2] * 4 * 2 * (1 + 2 + 1)
+    assert evaluated(run, eval_num_images_per_prompt=2) == [2] * 2 * 2 * (1 + 2 + 1)
+
+
+@case("eval_batch_size")
+def _eval_batch_size(run, monkeypatch):
+    assert evaluated(run) == [2] * 4 * 2 * (1 + 2 + 1)
+    assert evaluated(run, eval_batch_size=8) == [8] * 1 * 2 * (1 + 2 + 1)
+
+
+@case("eval_num_steps")
+def _eval_num_steps(run, monkeypatch):
+    assert evaluated(run) == [2] * 4 * 2 * (1 + 2 + 1)
+    assert evaluated(run, eval_num_steps=3) == [2] * 4 * 3 * (1 + 2 + 1)
 
 
 @case("metric_for_best_model", "greater_is_better")
