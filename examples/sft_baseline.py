@@ -4,7 +4,9 @@
 # ///
 """The supervised baseline of the DPOK paper, beside which to see reinforcement learning: no download, no GPU.
 
-    python examples/sft_baseline.py --epochs 20
+    python examples/sft_baseline.py
+    python examples/sft_baseline.py --sft_kl kl_d --sft_gamma 2 --output_dir kl-d
+    python examples/sft_baseline.py --config examples/recipes/demo-sft.yaml
 
 The pretrained model draws images once; it then learns from them by regression, each weighted by its reward. The same model, prompts,
 rewards and evaluation as in RL, so the two can be compared: docs/sft.md.
@@ -12,37 +14,32 @@ rewards and evaluation as in RL, so the two can be compared: docs/sft.md.
 
 from __future__ import annotations
 
-import argparse
-
-from dpok_trl import DPOKSFTConfig, DPOKSFTTrainer
+from dpok_trl import DPOKParser, DPOKSFTConfig, DPOKSFTTrainer
 from dpok_trl.demo import load_demo_pipeline
 from dpok_trl.demo.command import demo_lora_config
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=64, help="images sampled, and trained on, at once")
-    parser.add_argument("--batches", type=int, default=8, help="batches that are drawn, once")
-    parser.add_argument("--steps", type=int, default=10, help="denoising steps")
-    parser.add_argument("--gamma", type=float, default=1.0, help="weight of the KL's surrogate")
-    parser.add_argument("--eval-images", type=int, default=64, help="images of each prompt in the evaluation")
-    parser.add_argument("--output", default="sft-baseline", help="folder for metrics, pictures and checkpoints")
-    args = parser.parse_args()
+DEFAULTS = {
+    "output_dir": "sft-baseline",
+    "num_epochs": 20,
+    "save_freq": 0,
+    "sample_num_steps": 10,
+    "sample_guidance_scale": 1.0,
+    "sample_batch_size": 64,
+    "sample_num_batches_per_epoch": 8,  # drawn once
+    "train_batch_size": 64,
+    "train_learning_rate": 1e-3,
+    "sft_kl": "kl_o",  # KL-O: stay close to what the pretrained model predicts
+    "sft_gamma": 1.0,
+    "eval_num_images_per_prompt": 64,
+}
 
-    config = DPOKSFTConfig(
-        output_dir=args.output,
-        num_epochs=args.epochs,
-        save_freq=0,
-        sample_num_steps=args.steps,
-        sample_guidance_scale=1.0,
-        sample_batch_size=args.batch_size,
-        sample_num_batches_per_epoch=args.batches,
-        train_batch_size=args.batch_size,
-        train_learning_rate=1e-3,
-        sft_kl="kl_o",  # KL-O: stay close to what the pretrained model predicts
-        sft_gamma=args.gamma,
-    )
+
+def main() -> None:
+    parser = DPOKParser((DPOKSFTConfig,), description=__doc__.splitlines()[0])
+    parser.set_defaults(**DEFAULTS)
+    (config,) = parser.parse_args_and_config()
+
     trainer = DPOKSFTTrainer(
         config,
         "demo-soft",  # in [0, 1]: weights must not be negative
@@ -53,10 +50,10 @@ def main() -> None:
         eval_reward_function="demo-exact",
     )
     trainer.train()
-    trainer.save_model(f"{args.output}/lora")
-    evaluation = trainer.evaluate(images_per_prompt=args.eval_images)
+    trainer.save_model(trainer.output_dir / "lora")
+    evaluation = trainer.evaluate()
     print(evaluation.table())
-    print(f"Saved to {evaluation.save(f'{args.output}/evaluation')}")
+    print(f"Saved to {evaluation.save(trainer.output_dir / 'evaluation')}")
 
 
 if __name__ == "__main__":

@@ -48,10 +48,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make_parser() -> DPOKParser:
+    from dpok_trl.cli import EXAMPLES
     from dpok_trl.training.config import DPOKConfig
     from dpok_trl.training.parsing import DPOKParser, ScriptArguments
 
-    parser = DPOKParser((ScriptArguments, DPOKConfig), prog="dpok-trl train", description=DESCRIPTION)
+    parser = DPOKParser(
+        (ScriptArguments, DPOKConfig),
+        prog="dpok-trl train",
+        description=DESCRIPTION,
+        epilog=f"example: {EXAMPLES['train']}",
+    )
     parser.set_defaults(exp_name="dpok-trl")  # by whatever name this process was started
     return parser
 
@@ -90,12 +96,12 @@ def train(script: ScriptArguments, config: DPOKConfig) -> int:
 
 
 def summary(script: ScriptArguments, trainer: Any) -> str:
-    config, processes = trainer.config, trainer.accelerator.num_processes
+    config, processes, prompts = trainer.config, trainer.accelerator.num_processes, trainer.prompts.num_prompts
     images = config.sample_batch_size * config.sample_num_batches_per_epoch * processes
     trained = sum(parameter.numel() for parameter in trainer.trainable_layers)
     lines = [
         f"{script.model}: {trained:,} trained parameters, {processes} {'process' if processes == 1 else 'processes'} on {trainer.accelerator.device}",
-        f"Reward {', '.join(script.reward)}; {trainer.prompts.num_prompts} prompts; {config.num_epochs} epochs of {images} images in "
+        f"Reward {', '.join(script.reward)}; {prompts} {'prompt' if prompts == 1 else 'prompts'}; {config.num_epochs} epochs of {images} images in "
         f"{config.sample_num_steps} steps; kl_weight {config.kl_weight:g}"
         + (f"; preset {script.preset}" if script.preset else ""),
         f"Output: {trainer.output_dir}",

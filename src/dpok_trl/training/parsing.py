@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import sys
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -14,6 +15,7 @@ import yaml
 from trl import TrlParser
 
 from dpok_trl.prompts.reading import Prompt, read_prompts
+from dpok_trl.training.config import DPOKConfig
 from dpok_trl.training.presets import PRESETS, preset_values
 
 
@@ -66,12 +68,12 @@ class DPOKParser(TrlParser):
 
     def parse_known(self, args: Sequence[str]) -> tuple[Any, ...]:
         """As [`~DPOKParser.parse`], and last a list of the arguments that are not known here."""
-        file = self._first(args, "config")
+        file = self._file(args)
         settings = {} if file is None else self._read(file)
         self.set_defaults_with_config(**settings)
         preset = self._preset(args)
         if preset is not None:
-            self.set_defaults_with_config(**{**preset_values(preset, {}, self.settings()), **settings})
+            self.set_defaults_with_config(**{**self._preset_values(preset, args, settings), **settings})
         namespace, unknown = self.parse_known_args(list(args))
         return (*(_made(kind, namespace) for kind in self.dataclass_types), unknown)
 
@@ -94,14 +96,28 @@ class DPOKParser(TrlParser):
     def error(self, message: str) -> NoReturn:  # of argparse: without the usage of a hundred settings
         raise ValueError(message)
 
-    def _first(self, args: Sequence[str], name: str) -> Any:
-        return vars(self.parse_known_args(list(args))[0])[name]
+    def _file(self, args: Sequence[str]) -> str | None:
+        """Before the others: the file may have what is required."""
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.error = self.error  # type: ignore[method-assign]
+        first.add_argument("--config")
+        return first.parse_known_args(list(args))[0].config
 
     def _preset(self, args: Sequence[str]) -> str | None:
         for kind in self.dataclass_types:
             if any(item.name == "preset" for item in fields(kind)):
                 return _made(kind, self.parse_known_args(list(args))[0]).preset
         return None
+
+    def _preset_values(self, preset: str, args: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the configuration, without what flags and file make moot."""
+        config_class = next(kind for kind in self.dataclass_types if issubclass(kind, DPOKConfig))
+        names = {item.name for item in fields(config_class)}
+        words = {arg.split("=")[0] for arg in args}
+        parsed = vars(self.parse_known_args(list(args))[0])
+        flags = {action.dest: parsed[action.dest] for action in self._actions if words & set(action.option_strings)}
+        given = {name: value for name, value in {**settings, **flags}.items() if name in names}
+        return {name: value for name, value in preset_values(preset, given, config_class).items() if name not in given}
 
     def _read(self, file: str) -> dict[str, Any]:
         """The settings of a YAML file, each of the type of its field."""
