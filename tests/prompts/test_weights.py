@@ -158,7 +158,7 @@ def test_weights_of_which_none_is_positive():
 def test_a_missing_weight_column_is_named():
     dataset = datasets.Dataset.from_dict({"prompt": ["a"], "share": [1.0]})
     with pytest.raises(
-        ValueError, match=r"'weight' is no column of the prompts; their columns are \['prompt', 'share'\]"
+        ValueError, match=r"is 'weight', which is none of the prompts' columns: \['prompt', 'share'\]"
     ):
         prompt_source(dataset, weight_column="weight")
     with pytest.raises(

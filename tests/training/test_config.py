@@ -511,7 +511,7 @@ ERRORS = {
         "value_warmup_epochs = 10 with num_epochs = 10: the policy would never be updated.",
     ),
     "a buffer smaller than a batch": (
-        {"train_adv_type": "value", "sample_num_steps": 50, "sample_batch_size": 5, "sample_num_batches_per_epoch": 1},
+        {"train_adv_type": "value", "value_batch_size": 256, "sample_num_steps": 50, "sample_batch_size": 5, "sample_num_batches_per_epoch": 1},
         "value_batch_size = 256 transitions, but 1 round(s) of 5 images in 50 steps leave at most 250 in a process.",
     ),
     "an embedding that is trained": (
@@ -524,7 +524,19 @@ ERRORS = {
     ),
     "a curated group that is larger than the group": (
         {"sample_num_images_per_prompt": 4, "sample_batch_size": 4, "train_keep_best": 3, "train_keep_worst": 2},
-        "train_keep_best = 3 and train_keep_worst = 2 are 5 images of the 4 of a group (sample_num_images_per_prompt). Together they must be between 1 and 4.",
+        "train_keep_best = 3 and train_keep_worst = 2 are 5 images of the 4 of a group (sample_num_images_per_prompt). Together they must be at least 1 and less",
+    ),
+    "all of a group": (
+        {"sample_num_images_per_prompt": 4, "sample_batch_size": 4, "train_keep_best": 2, "train_keep_worst": 2},
+        "are 4 images of the 4 of a group",
+    ),
+    "a reference that never moves": (
+        {"reference_update_epochs": 200},
+        "reference_update_epochs = 200 with num_epochs = 100: the reference would never move. Leave it out, or take less than 100.",
+    ),
+    "a buffer that is never full": (
+        {"train_buffer_rounds": 5, "num_epochs": 3},
+        "train_buffer_rounds = 5 with num_epochs = 3: the buffer would never be full. Take at most 3.",
     ),
     "nothing of a group": ({"train_keep_best": 0}, "are 0 images of the 1 of a group"),
     "curated batches that do not divide": (

@@ -12,7 +12,7 @@ import torch
 import yaml
 from trl import TrlParser
 
-from dpok_trl import DPOKConfig
+from dpok_trl import DPOKConfig, DPOKSFTConfig
 from dpok_trl.core.gaussian import Gaussian
 from dpok_trl.core.objectives import dpok_loss, probability_ratio
 from dpok_trl.demo.command import demo_config
@@ -64,13 +64,28 @@ def test_a_subclass_keeps_its_own_fields():
         ("papersingle", {}, "there is no preset 'papersingle'. Did you mean 'paper-single'? There are: paper-single, "),
         ("zzz", {}, "there is no preset 'zzz'. There are: paper-single, "),
         ("ddpo", {"kl_wieght": 1}, "preset('ddpo', ...) was given kl_wieght, which is no setting. Did you mean 'kl_weight'?"),
-        ("paper-single", {"train_adv_type": "batch"}, "would do nothing: train_adv_type = 'batch' has no value function."),
+        ("paper-single", {"train_adv_type": "batch", "value_input": "latents"}, "would do nothing: train_adv_type = 'batch' has no value function."),
     ],
 )  # fmt: skip
 def test_what_is_no_preset_is_refused_in_words(name, overrides, message):
     with pytest.raises(ValueError) as error:
         DPOKConfig.preset(name, **overrides)
     assert message in str(error.value)
+
+
+def test_what_an_override_makes_moot_is_left_out():
+    config = DPOKConfig.preset("paper-single", train_adv_type="batch")
+    assert (config.train_adv_type, config.value_input, config.reward_weight) == ("batch", DPOKConfig.value_input, 10.0)
+    config = DPOKConfig.preset("demo", train_objective="kl_mask")
+    assert (config.train_clip_range, config.train_learning_rate) == (DPOKConfig.train_clip_range, 2e-3)
+    assert DPOKConfig.preset("official-code", kl_weight=0.0).kl_type == DPOKConfig.kl_type
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_of_the_supervised_trainer_is_what_both_have(name):
+    config, values = DPOKSFTConfig.preset(name), PRESETS[name].values()
+    assert config.sample_num_steps == values["sample_num_steps"]
+    assert config.kl_weight == DPOKSFTConfig.kl_weight and config.train_objective == DPOKSFTConfig.train_objective
 
 
 def test_the_demo_runs_its_preset():

@@ -18,7 +18,7 @@ from test_docs import tables
 from tiny import stable_diffusion, stable_diffusion_3
 from trl import TrlParser
 
-from dpok_trl import DPOKConfig, DPOKSFTConfig, DPOKSFTTrainer, RewardError
+from dpok_trl import DPOKConfig, DPOKSFTConfig, DPOKSFTTrainer, DPOKTrainer, RewardError
 from dpok_trl.demo import load_demo_pipeline
 
 
@@ -430,8 +430,18 @@ def test_a_filter_that_keeps_less_than_a_batch_is_refused_at_once(make_sft):
 
 
 def test_each_trainer_has_its_config(make_sft, tmp_path):
-    with pytest.raises(ValueError, match="DPOKSFTTrainer needs a DPOKSFTConfig, given: DPOKConfig"):
+    with pytest.raises(TypeError, match="DPOKSFTTrainer needs a DPOKSFTConfig, given: DPOKConfig"):
         DPOKSFTTrainer(DPOKConfig(output_dir=str(tmp_path)), red, PROMPTS, stable_diffusion())
+    with pytest.raises(TypeError, match="DPOKTrainer needs a DPOKConfig, given: DPOKSFTConfig"):
+        DPOKTrainer(DPOKSFTConfig(output_dir=str(tmp_path)), red, PROMPTS, stable_diffusion())
+    with pytest.raises(TypeError, match=r"given: str. A preset is one by DPOKConfig.preset\(name\)"):
+        DPOKTrainer("paper-single", red, PROMPTS, stable_diffusion())
+
+
+def test_images_that_all_have_weight_0_teach_nothing_and_are_refused(make_sft):
+    trainer = make_sft(reward=lambda images, prompts, metadata: [-1.0] * len(images), sft_kl="kl_d", sft_gamma=0.5)
+    with pytest.raises(ValueError, match=r"all 8 images have weight 0 \(rewards from -1 to -1, sft_gamma = 0.5\)"):
+        trainer.train()
 
 
 def test_fractions_are_not_rounded_down_twice():

@@ -287,7 +287,7 @@ def _weights_of_list(metadata: Sequence[Any], column: str) -> list[float]:
         if not (isinstance(entry, dict) and column in entry):
             has = f"has {sorted(map(str, entry))}" if isinstance(entry, dict) else f"is {_describe(entry)}"
             raise ValueError(
-                f"weight_column = {column!r}, but the metadata of prompt {index} {has}. Write (prompt, {{{column!r}: 1.0}}) "
+                f"the column of weights (sample_weight_column) is {column!r}, but the metadata of prompt {index} {has}. Write (prompt, {{{column!r}: 1.0}}) "
                 "for every prompt."
             )
     return _checked_weights([entry[column] for entry in metadata], column)
@@ -296,7 +296,7 @@ def _weights_of_list(metadata: Sequence[Any], column: str) -> list[float]:
 def _weights_of_dataset(dataset: Any, column: str) -> list[float]:
     if column not in dataset.column_names:
         raise ValueError(
-            f"weight_column = {column!r} is no column of the prompts; their columns are {dataset.column_names}."
+            f"the column of weights (sample_weight_column) is {column!r}, which is none of the prompts' columns: {dataset.column_names}."
         )
     return _checked_weights(list(dataset.select_columns(column).with_format(None)[column]), column)
 

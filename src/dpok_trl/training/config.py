@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dpok_trl.training.config_checks import check
+from dpok_trl.training.config_checks import check, moot_settings
 from dpok_trl.training.presets import preset_values
 
 
@@ -419,8 +419,9 @@ class DPOKConfig:
         },
     )
     value_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of its own AdamW."})
-    value_batch_size: int = field(
-        default=256, metadata={"help": "Transitions in a batch of its regression, per process."}
+    value_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Transitions in a batch of its regression, per process. None: 256, or all there are."},
     )
     value_num_updates: int = field(default=20, metadata={"help": "Its optimizer steps after each round of sampling."})
     value_gradient_accumulation_steps: int = field(
@@ -468,7 +469,8 @@ class DPOKConfig:
 
     # --- the Hub
     push_to_hub: bool = field(
-        default=False, metadata={"help": "Push the model to `hub_model_id` when training ends, and see `hub_strategy`."}
+        default=False,
+        metadata={"help": "Push the model to `hub_model_id` when training ends, and see `hub_strategy`."},
     )
     hub_model_id: str | None = field(default=None, metadata={"help": "Repository on the Hub, such as me/rabbit-lora."})
     hub_strategy: str = field(
@@ -496,12 +498,18 @@ class DPOKConfig:
 
         Args:
             name (`str`): `"paper-single"`, `"official-code"`, `"ddpo"` ...: a key of `dpok_trl.training.presets.PRESETS`.
-            overrides: Fields that are to be other than in the preset; they win.
+            overrides: Fields that are to be other than in the preset; they win. What the preset says of things that they do away with (the value function, the KL
+                term ...) is left out.
 
         Raises:
             `ValueError`: If there is no such preset or no such field, with the nearest that there is; and as the constructor.
         """
-        return cls(**preset_values(name, overrides, [item.name for item in fields(cls)]))
+        return cls(**preset_values(name, overrides, cls))
+
+    @staticmethod
+    def moot_settings(config: Any) -> Iterable[tuple[Sequence[str], str]]:
+        """See [`~dpok_trl.training.config_checks.moot_settings`]."""
+        return moot_settings(config)
 
     def to_dict(self) -> dict[str, Any]:
         """A flat dict; keys of nested dicts are joined by "/"."""

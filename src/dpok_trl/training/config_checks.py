@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -15,6 +15,17 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from dpok_trl.training.config import DPOKConfig
+
+
+VALUE_SETTINGS = (
+    "value_input",
+    "value_learning_rate",
+    "value_batch_size",
+    "value_num_updates",
+    "value_gradient_accumulation_steps",
+    "value_scale_targets",
+    "value_warmup_epochs",
+)
 
 
 def check(config: DPOKConfig) -> None:
@@ -63,7 +74,6 @@ def check_ranges(config: DPOKConfig) -> None:
         "train_gradient_accumulation_steps",
         "train_num_inner_epochs",
         "train_buffer_rounds",
-        "value_batch_size",
         "value_num_updates",
         "value_gradient_accumulation_steps",
         "eval_num_images_per_prompt",
@@ -105,6 +115,7 @@ def check_ranges(config: DPOKConfig) -> None:
         ("eval_batch_size", "sample_batch_size"),
         ("eval_num_steps", "sample_num_steps"),
         ("reference_update_epochs", "a reference that stays"),
+        ("value_batch_size", "256 or all there are"),
     ):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"{name} = {getattr(config, name)}, but it must be at least 1, or None for {nothing}.")
@@ -174,13 +185,28 @@ def refuse_unused(config: DPOKConfig, names: Sequence[str], needed: str) -> None
         raise ValueError(f"{given} would do nothing: {needed}. Change the latter, or leave the former out.")
 
 
-def _check_objective(config: DPOKConfig) -> None:
-    objective = config.train_objective
+def moot_settings(config: Any) -> Iterator[tuple[Sequence[str], str]]:
+    """Settings that do nothing beside the others, and why.
+
+    Args:
+        config: A [`DPOKConfig`], or anything else with its fields.
+    """
+    objective, baseline = config.train_objective, config.train_adv_type
     if objective in ("kl_mask", "reinforce"):
-        refuse_unused(config, ["train_clip_range"], f"train_objective = '{objective}' has no clip")
+        yield ["train_clip_range"], f"train_objective = '{objective}' has no clip"
     if objective != "kl_mask":
-        refuse_unused(config, ["train_kl_threshold"], f"train_objective = '{objective}' has no such threshold")
-    if objective == "reinforce":
+        yield ["train_kl_threshold"], f"train_objective = '{objective}' has no such threshold"
+    if config.kl_weight == 0:
+        names = ("kl_type", "kl_gradient", "kl_warmup_epochs", "target_kl", "reference_update_epochs")
+        yield names, "kl_weight = 0 turns the KL term off"
+    if config.kl_type == "noise":
+        yield ("kl_gradient", "target_kl"), "kl_type = 'noise' is no KL in nats; take 'gaussian'"
+    if baseline != "value":
+        yield VALUE_SETTINGS, f"train_adv_type = '{baseline}' has no value function"
+
+
+def _check_objective(config: DPOKConfig) -> None:
+    if config.train_objective == "reinforce":
         for name in ("train_buffer_rounds", "train_num_inner_epochs"):
             if getattr(config, name) > 1:
                 raise ValueError(
@@ -190,11 +216,6 @@ def _check_objective(config: DPOKConfig) -> None:
 
 
 def _check_kl(config: DPOKConfig) -> None:
-    if config.kl_weight == 0:
-        names = ("kl_type", "kl_gradient", "kl_warmup_epochs", "target_kl", "reference_update_epochs")
-        refuse_unused(config, names, "kl_weight = 0 turns the KL term off")
-    if config.kl_type == "noise":
-        refuse_unused(config, ("kl_gradient", "target_kl"), "kl_type = 'noise' is no KL in nats; take 'gaussian'")
     if config.target_kl is not None and config.kl_warmup_epochs:
         raise ValueError(
             f"target_kl = {config.target_kl} adapts kl_weight from the first epoch on, and kl_warmup_epochs = {config.kl_warmup_epochs} holds it at 0 that long. "
@@ -205,6 +226,11 @@ def _check_kl(config: DPOKConfig) -> None:
             f"kl_gradient = '{config.kl_gradient}' charges the actions of older rounds (train_buffer_rounds = {config.train_buffer_rounds}) with the KL to a reference "
             f"that reference_update_epochs = {config.reference_update_epochs} replaces. Take kl_gradient = 'paper', or leave out one of the other two."
         )
+    if config.reference_update_epochs is not None and config.reference_update_epochs >= config.num_epochs:
+        raise ValueError(
+            f"reference_update_epochs = {config.reference_update_epochs} with num_epochs = {config.num_epochs}: the reference would never move. Leave it out, or take "
+            f"less than {config.num_epochs}."
+        )
     if config.kl_warmup_epochs >= config.num_epochs:
         raise ValueError(
             f"kl_warmup_epochs = {config.kl_warmup_epochs} with num_epochs = {config.num_epochs}: the KL term would never be switched on. Set kl_weight = 0 if that "
@@ -214,8 +240,6 @@ def _check_kl(config: DPOKConfig) -> None:
 
 def _check_value(config: DPOKConfig) -> None:
     if config.train_adv_type != "value":
-        names = [item.name for item in fields(config) if item.name.startswith("value_")]
-        refuse_unused(config, names, f"train_adv_type = '{config.train_adv_type}' has no value function")
         return
     if config.value_warmup_epochs >= config.num_epochs:
         raise ValueError(
@@ -233,14 +257,19 @@ def _check_value(config: DPOKConfig) -> None:
     per_round = config.sample_batch_size * config.sample_num_batches_per_epoch
     steps = config.sample_sde_window_size or config.sample_num_steps
     most = per_round * steps * config.train_buffer_rounds
-    if config.value_batch_size > most:
+    if config.value_batch_size is not None and config.value_batch_size > most:
         raise ValueError(
             f"value_batch_size = {config.value_batch_size} transitions, but {config.train_buffer_rounds} round(s) of {per_round} images in {steps} steps leave at most "
-            f"{most} in a process. Lower value_batch_size, or sample more images."
+            f"{most} in a process. Leave value_batch_size out, or sample more images."
         )
 
 
 def _check_buffer(config: DPOKConfig) -> None:
+    if config.train_buffer_rounds > config.num_epochs:
+        raise ValueError(
+            f"train_buffer_rounds = {config.train_buffer_rounds} with num_epochs = {config.num_epochs}: the buffer would never be full. Take at most "
+            f"{config.num_epochs}."
+        )
     if config.train_buffer_rounds > 1 and config.sample_call_columns:
         raise ValueError(
             f"train_buffer_rounds = {config.train_buffer_rounds} keeps samples for later rounds and in checkpoints, which cannot hold what sample_call_columns = "
@@ -252,10 +281,10 @@ def _check_curation(config: DPOKConfig) -> None:
     if config.train_keep_best is None and config.train_keep_worst is None:
         return
     group, kept = config.sample_num_images_per_prompt, kept_of_group(config)
-    if not 0 < kept <= group:
+    if not 0 < kept < group:
         raise ValueError(
             f"train_keep_best = {config.train_keep_best} and train_keep_worst = {config.train_keep_worst} are {kept} images of the {group} of a group "
-            f"(sample_num_images_per_prompt). Together they must be between 1 and {group}."
+            "(sample_num_images_per_prompt). Together they must be at least 1 and less than that; leave both out to train on all."
         )
 
 
@@ -268,6 +297,8 @@ def kept_of_group(config: DPOKConfig) -> int:
 
 def check_combinations(config: DPOKConfig) -> None:
     """The settings go together."""
+    for names, why in moot_settings(config):
+        refuse_unused(config, names, why)
     _check_window(config)
     _check_objective(config)
     _check_kl(config)

@@ -15,6 +15,9 @@ from dpok_trl.training.batches import SampledBatch
 from dpok_trl.training.config import DPOKConfig
 
 
+LARGEST_BATCH = 256  # as in the official DPOK code
+
+
 class Critic:
     """V(x_t, prompt, t), regressed on the reward that a trajectory ends with (DPOK, https://arxiv.org/abs/2305.16381, appendix A.5).
 
@@ -89,7 +92,7 @@ class Critic:
 
         loss = self.function.fit(
             draw,
-            batch_size=config.value_batch_size,
+            batch_size=config.value_batch_size or min(LARGEST_BATCH, max(1, len(transitions))),
             updates=config.value_num_updates,
             accumulation=config.value_gradient_accumulation_steps,
             average=lambda gradient: self.accelerator.reduce(gradient, "mean"),

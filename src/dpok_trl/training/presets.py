@@ -8,8 +8,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from dpok_trl.training.config import DPOKConfig
 
 
 @dataclass(frozen=True)
@@ -300,25 +305,31 @@ PRESETS: Mapping[str, Preset] = {
 }  # fmt: skip
 
 
-def preset_values(name: str, overrides: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
-    """The settings of a preset, with `overrides` in place of its own.
+def preset_values(name: str, overrides: Mapping[str, Any], config_class: type[DPOKConfig]) -> dict[str, Any]:
+    """The settings of a preset, with `overrides` in place of its own, and without what is moot then.
 
     Args:
         name (`str`): One of `PRESETS`.
         overrides (`Mapping[str, Any]`): Settings that win.
-        known (`Sequence[str]`): All fields of the configuration, for an unknown one to be told.
+        config_class (`type`): [`DPOKConfig`] or a subclass.
 
     Raises:
         `ValueError`: If there is no such preset, or no such field.
     """
     if name not in PRESETS:
         raise ValueError(
-            f"there is no preset {name!r}.{_nearest(name, list(PRESETS))} There are: {', '.join(PRESETS)}."
+            f"there is no preset {name!r}.{_nearest(str(name), list(PRESETS))} There are: {', '.join(PRESETS)}."
         )
+    known = [item.name for item in fields(config_class)]
     for field in overrides:
         if field not in known:
             raise ValueError(f"preset({name!r}, ...) was given {field}, which is no setting.{_nearest(field, known)}")
-    return {**PRESETS[name].values(), **overrides}
+    settings = {**PRESETS[name].values(), **overrides}
+    defaults = {item.name: item.default for item in fields(config_class)}
+    for moot, _ in config_class.moot_settings(SimpleNamespace(**{**defaults, **settings})):
+        for field in set(moot) - set(overrides):
+            settings.pop(field, None)
+    return settings
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:

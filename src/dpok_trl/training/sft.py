@@ -97,6 +97,8 @@ class DPOKSFTTrainer(DPOKTrainer):
     _tag_names = ["dpok-trl", "sft"]  # noqa: RUF012 (as DDPOTrainer has it)
     config: DPOKSFTConfig
 
+    _is_supervised = True
+
     def __init__(
         self,
         config: DPOKSFTConfig,
@@ -108,12 +110,15 @@ class DPOKSFTTrainer(DPOKTrainer):
         train_dataset: Any = None,
         **kwargs: Any,
     ):
-        if not isinstance(config, DPOKSFTConfig):
-            raise ValueError(f"DPOKSFTTrainer needs a DPOKSFTConfig, given: {type(config).__name__}.")
         self.train_dataset = train_dataset
         if train_dataset is not None:
             reward_function = self._settle_dataset(config, reward_function, prompt_function)
             prompt_function = train_dataset
+            if reward_function is column_rewards and kwargs.get("eval_prompts") is not None:
+                raise ValueError(
+                    'eval_prompts are drawn and judged anew, and the column "reward" of train_dataset judges its own images only. Give a reward_function in the place of '
+                    "the column, or leave eval_prompts out and evaluate what is saved with dpok-trl evaluate."
+                )
         super().__init__(config, reward_function, prompt_function, sd_pipeline, image_samples_hook, **kwargs)
         self.data: SupervisedData | None = None
         self._template: Trajectory | None = None  # of a rollout of `train_batch_size`
@@ -199,6 +204,11 @@ class DPOKSFTTrainer(DPOKTrainer):
     def _weight_metrics(self, rewards: torch.Tensor) -> dict[str, float]:
         """Of the images of all processes, so that all stop where a reward is negative."""
         weights, clipped = self._weights(rewards)
+        if not weights.any():
+            raise ValueError(
+                f"all {len(rewards)} images have weight 0 (rewards from {rewards.min():.4g} to {rewards.max():.4g}, sft_gamma = {self.config.sft_gamma}): nothing would be "
+                "learned. Raise sft_gamma with sft_kl = 'kl_d', or shift the reward."
+            )
         metrics = {"sft/weight_mean": weights[rewards.isfinite()].mean().item()}
         return metrics if clipped is None else {**metrics, "sft/clipped_fraction": clipped.item()}
 

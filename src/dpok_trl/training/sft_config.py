@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from dpok_trl.training.config import DPOKConfig
 from dpok_trl.training.config_checks import refuse_unused, smallest_fraction
@@ -79,15 +81,19 @@ class DPOKSFTConfig(DPOKConfig):
         super().__post_init__()
         self._check_sft()
 
+    @staticmethod
+    def moot_settings(config: Any) -> Iterable[tuple[Sequence[str], str]]:
+        """Those of the policy gradient, always."""
+        names = [item.name for item in fields(DPOKConfig)]
+        of_rl = [name for name in names if name in RL_ONLY or name.startswith(RL_ONLY_PREFIXES)]
+        yield (
+            of_rl,
+            "the supervised trainer has no policy gradient, and its KL is sft_kl with sft_gamma (DPOKTrainer with DPOKConfig has the other)",
+        )
+
     def _refuse_rl_settings(self) -> None:
-        default = {item.name: item.default for item in fields(self)}
-        names = [name for name in default if name in RL_ONLY or name.startswith(RL_ONLY_PREFIXES)]
-        changed = [f"{name} = {getattr(self, name)!r}" for name in names if getattr(self, name) != default[name]]
-        if changed:
-            raise ValueError(
-                f"{', '.join(changed)} would do nothing: the supervised trainer has no policy gradient, and sft_kl and sft_gamma are its KL. Leave the former out, or "
-                "take DPOKConfig with DPOKTrainer."
-            )
+        for names, why in self.moot_settings(self):
+            refuse_unused(self, names, why)
         if self.sample_call_columns:
             raise ValueError(
                 f"sample_call_columns = {self.sample_call_columns}: the supervised trainer keeps latents, prompts and rewards of the images it has drawn, and no arguments of "
