@@ -59,19 +59,6 @@ def scores(rewards: Sequence[TrainedReward], evaluation: Evaluated) -> tuple[lis
     for name, one in evaluation.sets.items():
         where = f" (set {plain(name)})" if len(evaluation.sets) > 1 else ""
         for reward, found in one["rewards"].items():
-            most = max(map(int, found["best_of"]), default=0)
-            n = found["equivalent_n"]
-            if most and not found["held_out"]:
-                worth = (
-                    f"more than the best of {most}"
-                    if n is None
-                    else f"the best of {n}"
-                    if n > 1
-                    else "no more than one"
-                )
-                said.append(
-                    f"By {plain(reward)}, an image of the tuned model is worth {worth} of the pretrained one{where}."
-                )
             base, tuned = found["nonfinite"]["base"], found["nonfinite"]["tuned"]
             if base or tuned:
                 said.append(
