@@ -8,10 +8,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from tiny import nudge, stable_diffusion
+from walks import image
 
-from dpok_trl import DPOKConfig, DPOKTrainer, cli, evaluate
+from dpok_trl import DPOKConfig, DPOKTrainer, cli, evaluate, load_tuned
 from dpok_trl.commands import evaluate as command
 from dpok_trl.policy.saved import find_model
+from dpok_trl.policy.saved_policy import load_policy
 
 
 def red(images, prompts, metadata):
@@ -96,12 +98,29 @@ def test_options_win_over_the_settings_of_the_run(world, tmp_path):
     plain = tmp_path / "plain"
     shutil.copytree(folder / "lora-model", plain)
     (plain / "dpok_config.json").unlink()
-    policy = command.load_policy(args_of(plain, "--base", folder / "base"), plain, torch.device("cpu"))
+    policy = load_policy(folder / "base", plain, torch.device("cpu"))
     assert policy.call_kwargs == {} and policy.eta == 1.0
-    with_settings = command.load_policy(
-        args_of("x", "--base", folder / "base"), folder / "lora-model", torch.device("cpu")
-    )
+    with_settings = load_policy(folder / "base", folder / "lora-model", torch.device("cpu"))
     assert with_settings.eta == 0.5
+
+
+@pytest.mark.parametrize("kind", ["lora", "text", "full"])
+def test_without_a_base_it_is_what_the_run_was_trained_on(world, tmp_path, capsys, kind):
+    folder, _ = world
+    rest = ["--prompts", "a", "--reward", "jpeg-compressibility", "--images", "1", "--output", tmp_path]
+    assert cli.main(["evaluate", *map(str, [folder / kind, *rest])]) == 0
+    assert f"Loading {folder / 'base'} and " in capsys.readouterr().out
+    assert cli.main(["evaluate", *map(str, [folder / f"{kind}-model", *rest])]) == 2  # a card names no folder
+    assert "says which pipeline this was trained on: give it with --base" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["lora", "text", "full"])
+def test_load_tuned_gives_the_pipeline_of_the_run(world, kind):
+    folder, runs = world
+    for loaded in (load_tuned(folder / kind), load_tuned(folder / f"{kind}-model", base=folder / "base")):
+        assert torch.equal(image(loaded), image(runs[kind].pipeline))
+    if kind == "full":  # a whole pipeline
+        assert torch.equal(image(load_tuned(folder / "full-model")), image(runs[kind].pipeline))
 
 
 def test_prompts_are_texts_files_and_shipped_lists(tmp_path):

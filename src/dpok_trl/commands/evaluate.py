@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
-
-    from dpok_trl.policy.policy import Policy
 
 
 HELP = "compare a tuned model with the one it was made from: same prompts, same seeds"
@@ -64,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
+    from dpok_trl.demo import demo_pipeline_path
     from dpok_trl.policy.saved import base_model, find_model
+    from dpok_trl.policy.saved_policy import load_policy
     from dpok_trl.results.evaluation import evaluate
     from dpok_trl.results.prompt_sets import read_prompt_sets, refuse_training_prompts
 
@@ -87,7 +85,14 @@ def _run(args: argparse.Namespace) -> int:
             f"neither a model card nor a checkpoint in {folder} says which pipeline this was trained on: give it with --base."
         )
     print(f"Loading {args.base} and {folder} ...", flush=True)
-    policy = load_policy(args, folder, device)
+    policy = load_policy(
+        demo_pipeline_path() if args.base == DEMO else args.base,
+        folder,
+        device,
+        args.dtype,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
+    )
     count = sum(map(len, sets.values())) * args.images
     print(f"Drawing {count} images of each of the two models on {device} ...", flush=True)
     evaluation = evaluate(
@@ -139,43 +144,3 @@ def load_rewards(names: list[str], device: torch.device) -> list[Callable[..., A
     from dpok_trl.rewards.registry import load_on_device
 
     return [load_on_device(name, None, default=str(device)) for name in names]
-
-
-# --- the model --------------------------------------------------------------------------------------------------------
-
-
-def load_policy(args: argparse.Namespace, folder: Path, device: torch.device) -> Policy:
-    """The tuned policy, sampled as in its training but for what the options say."""
-    from dpok_trl.demo import demo_pipeline_path, load_demo_pipeline
-    from dpok_trl.policy.loading import load_pipeline, load_trained
-    from dpok_trl.policy.policy import Policy
-    from dpok_trl.policy.saved import saved_settings
-
-    settings = saved_settings(folder)
-    if args.base == DEMO and args.dtype is None:
-        pipe = load_demo_pipeline()
-    else:
-        pipe = load_pipeline(demo_pipeline_path() if args.base == DEMO else args.base, args.dtype)
-    pipe.to(device)
-    pipe.set_progress_bar_config(disable=True)
-    tuned = load_trained(pipe, folder)
-    names = {"kind": "sample_transition", "eta": "sample_eta", "noise_level": "sample_noise_level"}
-    names |= {"min_std": "sample_min_std", "fp32_latents": "sample_fp32_latents"}
-    noise = {argument: settings[name] for argument, name in names.items() if name in settings}
-    return Policy(pipe, tuned, call_kwargs=call_arguments(args, pipe, settings), **noise)
-
-
-def call_arguments(args: argparse.Namespace, pipe: DiffusionPipeline, settings: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the pipeline's call: of the training, and over them those that were given."""
-    prefix = "sample_call_kwargs/"
-    arguments = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
-    given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
-    fields = {"num_inference_steps": "sample_num_steps", "guidance_scale": "sample_guidance_scale"}
-    accepted = inspect.signature(type(pipe).__call__).parameters
-    for name, value in given.items():
-        value = settings.get(fields[name]) if value is None and name in accepted else value
-        if value is not None:
-            arguments[name] = value
-    if settings.get("negative_prompts"):
-        arguments["negative_prompt"] = settings["negative_prompts"]
-    return arguments
