@@ -6,6 +6,7 @@ import sqlite3
 import struct
 import time
 import types
+import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def start(tmp_path, monkeypatch):
     kinds = {
         "tensorboard": lambda: TensorBoardTracker("run", tmp_path / "tensorboard"),
         "wandb": lambda: WandBTracker("run", mode="offline", dir=str(tmp_path)),
-        "trackio": lambda: TrackioTracker("run", name="one", auto_log_gpu=False),
+        # its folder is the one that TRACKIO_DIR named when it was first imported: the project must be a new one
+        "trackio": lambda: TrackioTracker(f"run-{uuid.uuid4().hex}", name="one", auto_log_gpu=False),
         "swanlab": lambda: SwanLabTracker("run", mode="offline", log_dir=str(tmp_path / "swanlab")),
     }
 
@@ -142,8 +144,11 @@ def count_keys(rows) -> dict[str, int]:
 
 
 def test_trackio(start, tmp_path):
-    log_a_run(start("trackio"), tmp_path)
-    with sqlite3.connect(tmp_path / "trackio" / "run.db") as database:
+    tracker = start("trackio")
+    log_a_run(tracker, tmp_path)
+    from trackio.utils import TRACKIO_DIR
+
+    with sqlite3.connect(TRACKIO_DIR / f"{tracker.run_name}.db") as database:
         rows = [
             (step, json.loads(text))
             for step, text in database.execute("SELECT step, metrics FROM metrics ORDER BY id")
@@ -152,13 +157,13 @@ def test_trackio(start, tmp_path):
     assert [row["rewards/hpsv2.1/mean"] for _, row in rows if "reward" in row] == ["NaN", 2.0]
     images = [row["samples"] for _, row in rows if "samples" in row]
     assert [image["caption"] for image in images] == ["epoch 0", "epoch 1"]
-    grid = Image.open(tmp_path / "trackio" / "media" / images[0]["file_path"])
+    grid = Image.open(TRACKIO_DIR / "media" / images[0]["file_path"])
     assert np.array_equal(
         np.asarray(grid.convert("RGB")), np.asarray(Image.open(tmp_path / "samples" / "epoch-0000.png"))
     )
     first, second = next(row["samples_table"]["_value"] for _, row in rows if "samples_table" in row)
-    picture = Image.open(tmp_path / "trackio" / "media" / first.pop("image")["file_path"])
-    assert picture.size == (6, 4) and picture.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+    picture = Image.open(TRACKIO_DIR / "media" / first.pop("image")["file_path"])
+    assert picture.size == (6 * 22, 4 * 22) and picture.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
     assert first == {"epoch": 0, "prompt": "a cat | big", "reward": 0.5, "rewards/clip": 0.25, "rewards/ocr": 1.0}
     assert (second["reward"], second["rewards/clip"], second["rewards/ocr"]) == ("nan", "–", "nan")
 

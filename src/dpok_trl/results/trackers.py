@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dpok_trl.results.pictures import fit_cell
 from dpok_trl.results.runlog import format_reward
 from dpok_trl.results.samples import Samples
 
@@ -97,14 +98,14 @@ def _log_table(tracker: Any, key: str, samples: Samples) -> None:
     elif tracker.name == "wandb":
         import wandb
 
-        with_images = [[*row, wandb.Image(image)] for row, image in zip(rows, samples.pictures, strict=True)]
+        with_images = [[*row, wandb.Image(fit_cell(image))] for row, image in zip(rows, samples.pictures, strict=True)]
         tracker.log({key: wandb.Table(columns=[*names, "image"], data=with_images)}, step=samples.step)
     elif tracker.name == "trackio":
         import pandas as pd
         import trackio
 
         frame = pd.DataFrame([[_in_words(cell) for cell in row] for row in rows], columns=names)
-        frame["image"] = [trackio.Image(image) for image in samples.pictures]
+        frame["image"] = [trackio.Image(fit_cell(image)) for image in samples.pictures]
         tracker.log({key: trackio.Table(dataframe=frame)}, step=samples.step)
 
 
