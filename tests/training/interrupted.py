@@ -35,6 +35,23 @@ class Signalled(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Asking(TrainerCallback):
+    """Process 1 asks for an early end of the second epoch, and of the run in the third."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == 1:
+            control.should_epoch_stop = state.global_step == 3
+            control.should_training_stop = state.global_step == 4
+
+
+class Failing(TrainerCallback):
+    """Fails in process 1."""
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if args.process_index == 1:
+            raise KeyError("no such row")
+
+
 def dying(images, prompts, metadata):
     """A reward in whose second call process 1 is gone, without a word."""
     if trainer.accelerator.process_index == 1 and trainer.first_epoch == 1:
@@ -51,13 +68,16 @@ def make(name, reward=red, callbacks=(), **kwargs):
     return DPOKTrainer(config, reward, ["a cat", "two dogs"], stable_diffusion(), callbacks=callbacks)
 
 
+def tell(trainer, **what):
+    (FOLDER / f"{trainer.output_dir.name}-{trainer.accelerator.process_index}.json").write_text(json.dumps(what))
+
+
 def interrupted(trainer):
     """Trains, and tells how it ended."""
     try:
         trainer.train()
     except KeyboardInterrupt as error:
-        told = {"message": str(error), "epochs": trainer.first_epoch, "steps": trainer.global_step}
-        (FOLDER / f"{trainer.output_dir.name}-{trainer.accelerator.process_index}.json").write_text(json.dumps(told))
+        tell(trainer, message=str(error), epochs=trainer.first_epoch, steps=trainer.global_step)
         return error
 
 
@@ -65,6 +85,14 @@ if MODE == "dies":
     trainer = make("dies", dying, save_freq=1)
     trainer.train()
 elif MODE == "signalled":
+    trainer = make("asked", callbacks=[Asking])
+    trainer.train()
+    tell(trainer, epochs=trainer.first_epoch, steps=trainer.global_step)
+    trainer = make("failed", callbacks=[Failing])
+    try:
+        trainer.train()
+    except (KeyError, RuntimeError) as error:
+        tell(trainer, error=f"{type(error).__name__}: {error}")
     interrupted(make("by rank 1", callbacks=[Signalled]))
     raise interrupted(make("by the launcher", callbacks=[Telling]))
 else:

@@ -165,11 +165,19 @@ def test_a_script_ends_by_sigterm_as_by_ctrl_c(start, tmp_path):
     assert f"KeyboardInterrupt: stopped after epoch {epochs} of 10000, which is saved" in told
 
 
-def test_all_processes_stop_after_the_same_epoch(start, tmp_path):
+def test_all_processes_do_what_one_is_told(start, tmp_path):
     process = start("signalled", processes=2)
     told = signal_in_the_middle(process, signal.SIGTERM)
+
+    def said(name):
+        return [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+
+    # what a callback asks for on one, and what it fails with
+    assert said("asked") == [{"epochs": 3, "steps": 4}] * 2
+    failure = "KeyError: 'no such row'"
+    assert [one["error"] for one in said("failed")] == [f"RuntimeError: process 1 failed with {failure}", failure]
     for name in ("by rank 1", "by the launcher"):
-        first, second = (json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1))
+        first, second = said(name)
         assert first == second, told[-3000:]
         (checkpoint,) = (tmp_path / name).glob("*checkpoint*")
         assert what_is_missing(checkpoint) is None

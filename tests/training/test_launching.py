@@ -9,6 +9,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 
+from dpok_trl.training import setup
+
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIGS = EXAMPLES / "accelerate_configs"
@@ -27,6 +29,13 @@ def test_accelerate_reads_the_configurations(name, kind, machines, processes):
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))  # refuses keys that it does not know
     assert (config.distributed_type, config.num_machines, config.num_processes) == (kind, machines, processes)
     assert config.mixed_precision == "no" and config.use_cpu is False
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_what_gives_a_process_a_part_of_the_weights_is_refused(kind, make_config, monkeypatch):
+    monkeypatch.setattr(setup.Accelerator, "distributed_type", kind)
+    with pytest.raises(ValueError, match=f"distributed_type = {kind.value} is not supported"):
+        setup.make_accelerator(make_config())
 
 
 def test_there_is_no_other_configuration():

@@ -52,13 +52,17 @@ def make_accelerator(config: DPOKConfig) -> Accelerator:
         accelerator.gradient_accumulation_steps = 1
     if accelerator.distributed_type in UNSUPPORTED:
         raise ValueError(
-            f"{accelerator.distributed_type} is not supported yet: a policy samples through the whole denoiser, which it would have in parts. Launch "
-            "with plain data parallelism (DDP)."
+            f"distributed_type = {accelerator.distributed_type.value} is not supported: a checkpoint and the exported model are written by one process, which would have "
+            "a part of the weights. Launch with plain data parallelism (DDP: distributed_type MULTI_GPU)."
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         logger.warning("mixed_precision = 'fp16' does nothing on a CPU; use 'bf16' or 'no'")
     if config.log_with not in (None, "all") and not accelerator.log_with:
         raise ImportError(f"log_with = '{config.log_with}', but it is not installed: `pip install {config.log_with}`.")
+    if config.log_with == "all" and not accelerator.log_with:
+        raise ImportError(
+            "log_with = 'all', and no tracker is installed: `pip install trackio`, or leave log_with out."
+        )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise RuntimeError(
