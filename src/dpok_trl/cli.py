@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except KeyboardInterrupt:
-        print(f"\ndpok-trl {args.command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stopped:  # a training says what it has saved
+        print(f"\ndpok-trl {args.command}: {str(stopped) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         ours = type(error).__module__.partition(".")[0] == "dpok_trl"
