@@ -317,6 +317,7 @@ def test_every_objective_has_a_sentence(write):
 def test_without_an_evaluation_there_are_no_numbers_of_one(write, run, tmp_path):
     card = write()
     assert card.data.eval_results is None and "model-index" not in card.content and card.data.get("widget") is None
+    assert "model_name" not in card.content
     assert headings(card) == [name for name in SECTIONS if name != "Before and after"]
     assert "\n\n\n" not in card.text
     assert "It was not evaluated against the pretrained model." in card.text and "<Gallery />" not in card.text

@@ -47,7 +47,7 @@ def summary(facts: RunFacts, base: str | None) -> str:
         where = f"the prompt “{plain(prompts[0])}”" if len(prompts) == 1 else f"{len(prompts)} prompts"
     rewards = " and ".join(f"**{plain(reward.name)}**" for reward in facts.rewards)
     return (
-        f"{what} tuned for {facts.task} by {METHODS[facts.objective]}, to raise the reward {rewards} on {where}. Made with "
+        f"{what} tuned for {facts.task} by {METHODS[facts.objective]}, to raise the reward{'s' if len(facts.rewards) > 1 else ''} {rewards} on {where}. Made with "
         "[dpok-trl](https://pypi.org/project/dpok-trl/)."
     )
 
@@ -110,7 +110,7 @@ def training_table(facts: RunFacts, metrics: Sequence[Mapping[str, Any]]) -> str
     if facts.epochs:
         rows.append(["time", str(timedelta(seconds=round(facts.seconds)))])
     rows.append(["hardware", plain(facts.hardware)])
-    return _table(["", ""], rows)
+    return _table(["this run", ""], rows)
 
 
 def rewards_table(rewards: Sequence[TrainedReward]) -> str:

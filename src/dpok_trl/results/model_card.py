@@ -303,7 +303,7 @@ def _front_matter(
         widget=gallery or None,
         datasets=dataset_name,
         tags=[facts.task, "diffusers", *kinds, *learned, "trl", *tags],
-        model_name=model_name,
+        model_name=model_name if results else None,  # the results' alone
         eval_results=results or None,
         **licence,
     )
