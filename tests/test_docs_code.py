@@ -156,6 +156,11 @@ def test_the_page_runs(page, substitutes):
         exec(compile(code, f"{page.name}, block {number}", "exec"), namespace)
 
 
+@pytest.mark.parametrize("page", ELSEWHERE)
+def test_the_other_test_reads_the_page(page):
+    assert f'"{page}.md"' in (REPOSITORY / ELSEWHERE[page]).read_text()
+
+
 def test_the_training_that_is_shown_trains(substitutes):
     """Of the first page and the README: the files that the text promises."""
     for page in (REPOSITORY / "README.md", REPOSITORY / "docs" / "index.md"):
