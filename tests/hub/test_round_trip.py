@@ -27,7 +27,9 @@ def bases(hub, tmp_path_factory):
         hub.create(f"someone/tiny-{family}", files=files)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+@pytest.fixture(
+    scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["one process", "two processes"]
+)
 def round_trip(request, hub, client, bases, tmp_path_factory):
     """The folder of the runs, the owner of the repositories, and how far the loaded images are from those of the trained pipelines."""
     folder, owner = tmp_path_factory.mktemp("runs"), "me" if request.param == 1 else "you"
