@@ -8,6 +8,7 @@ A page is one program: its blocks run from top to bottom in one namespace and on
 * names that a page's text introduces (`BEFORE`) are defined before its first block.
 """
 
+import math
 import re
 import shlex
 import subprocess
@@ -97,15 +98,17 @@ def shortened(config: DPOKConfig) -> DPOKConfig:
     batches = min(config.sample_num_batches_per_epoch, 2)
     while (batches * config.sample_batch_size) % (config.train_batch_size * config.train_gradient_accumulation_steps):
         batches += 1
+    value = {"value_batch_size": 2} if config.train_adv_type == "value" else {}
     sizes = {name: 16 for name in ("height", "width") if name in config.sample_call_kwargs}
     return replace(
         config,
         num_epochs=1,
-        sample_num_steps=2,
+        sample_num_steps=max(2, math.ceil(1 / config.train_timestep_fraction)),
         sample_num_batches_per_epoch=batches,
         sample_call_kwargs={**config.sample_call_kwargs, **sizes},
         eval_freq=min(config.eval_freq, 1),
         eval_num_images_per_prompt=2,
+        **value,
     )
 
 
