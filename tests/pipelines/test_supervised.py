@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from pipelines.families import FAMILIES
 
 from dpok_trl import DPOKSFTConfig, DPOKSFTTrainer
+from dpok_trl.policy.nested import num_rows
 
 
 TRAINED = ["sd_zero_snr", "sdxl", "sd3", "flux", "flux2_klein", "sana", "qwenimage", "z_image", "lumina2", "wan_two_experts"]  # fmt: skip
@@ -66,6 +67,16 @@ def test_noisy_latents_arrive_at_the_network(name, mixed, tmp_path):
     start = [parameter.detach().clone() for parameter in trainer.trainable_layers]
     trainer.step(0, 0)
     assert any(not torch.equal(a, b) for a, b in zip(start, trainer.trainable_layers, strict=True))
+
+
+@pytest.mark.parametrize("name", ["sd_zero_snr", "sdxl", "sd3", "flux", "z_image"])
+def test_training_is_unguided(name, tmp_path):
+    """Also where the call guides at a scale of 1 (Z-Image does): one row for each sample."""
+    trainer = trainer_of(name, tmp_path)
+    trainer.data = trainer._draw(0, 0)
+    calls = trainer._settle_template().recording.templates[-1]
+    assert sum(map(num_rows, calls)) == 2
+    assert trainer._unguided_scale == (0.0 if name == "z_image" else 1.0)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name.endswith("_inpaint")])

@@ -229,6 +229,9 @@ WITH = {
     "train_keep_best": {"sample_num_images_per_prompt": "2", "sample_batch_size": "2"},
     "train_keep_worst": {"sample_num_images_per_prompt": "2", "sample_batch_size": "2"},
     "train_kl_threshold": {"train_objective": "kl_mask"},
+    "per_prompt_stat_tracking_buffer_size": {"per_prompt_stat_tracking": "True"},
+    "per_prompt_stat_tracking_min_count": {"per_prompt_stat_tracking": "True"},
+    "train_lr_warmup_steps": {"train_lr_scheduler": "cosine"},
     **{
         field.name: {"train_adv_type": "value", "value_batch_size": "64"}
         for field in dataclasses.fields(DPOKConfig)
@@ -538,6 +541,16 @@ ERRORS = {
         {"train_buffer_rounds": 5, "num_epochs": 3},
         "train_buffer_rounds = 5 with num_epochs = 3: the buffer would never be full. Take at most 3.",
     ),
+    "statistics that nobody keeps": (
+        {"per_prompt_stat_tracking_min_count": 8},
+        "per_prompt_stat_tracking_min_count = 8 would do nothing: per_prompt_stat_tracking = False keeps no statistics of prompts.",
+    ),
+    "a warm-up of nothing": ({"train_lr_warmup_steps": 10}, "train_lr_warmup_steps = 10 would do nothing: train_lr_scheduler = 'constant' has no warm-up"),
+    "a noise that is another's": (
+        {"sample_transition": "flow_sde", "sample_eta": 0.5},
+        "sample_eta = 0.5 would do nothing: sample_transition = 'flow_sde' has its noise from sample_noise_level.",
+    ),
+    "a noise level that is another's": ({"sample_transition": "cps", "sample_noise_level": 0.5}, "sample_noise_level = 0.5 would do nothing: sample_transition = 'cps'"),
     "nothing of a group": ({"train_keep_best": 0}, "are 0 images of the 1 of a group"),
     "curated batches that do not divide": (
         {"sample_num_images_per_prompt": 4, "sample_batch_size": 8, "train_keep_best": 1, "train_keep_worst": 1, "train_batch_size": 3},

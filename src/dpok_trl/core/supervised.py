@@ -12,6 +12,7 @@ A squared norm is the mean over the dimensions of a sample, as in the published 
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import torch
@@ -163,7 +164,7 @@ def reward_weights(rewards: Tensor) -> Tensor:
         smallest = float(rewards[negative].min())
         raise ValueError(
             f"{int(negative.sum())} of {len(rewards)} rewards are negative, the smallest is {smallest:.4g}: as weights of a regression they push the model away "
-            f'from its own images without bound. Take sft_kl = "kl_d" with sft_gamma >= {-smallest:.4g} (or a smaller one: what is still negative then gets weight '
+            f'from its own images without bound. Take sft_kl = "kl_d" with sft_gamma >= {math.ceil(-smallest * 1e4) / 1e4} (or a smaller one: what is still negative then gets weight '
             '0), shift the reward, or take sft_loss = "filtered".'
         )
     return _masked(rewards.float(), rewards)

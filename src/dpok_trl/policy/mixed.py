@@ -11,6 +11,7 @@ import torch
 from dpok_trl.core.gaussian import Reduction
 from dpok_trl.core.trajectory import Trajectory
 from dpok_trl.policy.interception import Networks
+from dpok_trl.policy.nested import num_rows
 from dpok_trl.policy.replayer import Replayer
 
 
@@ -80,9 +81,4 @@ class MixedReplayer(Replayer):
 
     def _rows_per_sample(self) -> int:
         """Rows of the denoiser's batch for each sample: 2 where guidance runs both halves in one call."""
-        kind, content = self.recording.templates[0][0]
-        while not isinstance(kind, torch.Tensor):
-            if kind is list:
-                return len(content) // len(self.trajectory)
-            kind, content = next(iter(content.values())) if isinstance(content, dict) else content[0]
-        return content[0] // len(self.trajectory)
+        return num_rows(self.recording.templates[0][0]) // len(self.trajectory)

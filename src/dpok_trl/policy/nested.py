@@ -49,6 +49,16 @@ def template(output: Any, name: str) -> Any:
     return type(output), [template(value, name) for value in output]
 
 
+def num_rows(template: Any) -> int:
+    """Rows of the batch of a recorded output, or entries of a list of them."""
+    kind, content = template
+    while not isinstance(kind, torch.Tensor):
+        if kind is list:
+            return len(content)
+        kind, content = next(iter(content.values())) if isinstance(content, dict) else content[0]
+    return content[0]
+
+
 def stub(template: Any, num_samples: int, num_recorded: int) -> Any:
     """Zeros in the shape of a recorded output, for another number of samples."""
     kind, content = template

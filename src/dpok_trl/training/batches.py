@@ -15,7 +15,7 @@ from dpok_trl.core.gaussian import Gaussian
 from dpok_trl.core.trajectory import Trajectory, Transitions
 from dpok_trl.rewards.binding import RewardInputs
 from dpok_trl.rewards.combining import Scores
-from dpok_trl.training.config_checks import smallest_fraction
+from dpok_trl.training.config_checks import selected_steps, smallest_fraction
 
 
 @dataclass
@@ -142,7 +142,7 @@ def plan_updates(
 def _choose_steps(batch: TrainingBatch, fraction: float, random: np.random.Generator, mixed: bool) -> np.ndarray:
     """`(steps, samples)`: the step of each sample in each forward pass."""
     actions = batch.trajectory.steps
-    count = int(len(actions) * fraction)
+    count = selected_steps(len(actions), fraction)
     if count < 1:
         raise ValueError(
             f"train_timestep_fraction = {fraction} of the {len(actions)} stochastic steps selects none. Give at least {smallest_fraction(len(actions))}."

@@ -60,8 +60,11 @@ class Checkpoints:
         if accelerator.is_main_process:
             state = {**self._state(unfinished), "callbacks": callbacks}
             (unfinished / STATE_FILE).write_text(json.dumps(state, indent=2, default=str))
-            shutil.rmtree(final, ignore_errors=True)
+            earlier = final.with_name(f"superseded-{final.name}")
+            if final.exists():  # in a warm-up no optimizer step is done
+                os.replace(final, earlier)
             os.replace(unfinished, final)
+            shutil.rmtree(earlier, ignore_errors=True)
             for path in self._all()[: -self.limit]:
                 if str(path) != callbacks["best_model_checkpoint"]:
                     shutil.rmtree(path)
@@ -77,6 +80,7 @@ class Checkpoints:
             "num_processes": trainer.accelerator.num_processes,
             "base_model": trainer.pipeline.config.get("_name_or_path"),
             "reanchor": trainer.experience.reanchor,
+            "mixes": [[list(steps), mixes] for steps, mixes in trainer.experience.mixes.items()],
             "prompts": trainer.prompts.state_dict(),
             "kl_weight": trainer.kl_weight,
             "stat_tracker": None if trainer.stat_tracker is None else trainer.stat_tracker.state_dict(),
@@ -133,6 +137,14 @@ class Checkpoints:
                 f"the value function of {checkpoint} sees {state['config']['value_input']}, and this run has value_input = '{trainer.config.value_input}'. Set it to "
                 f"'{state['config']['value_input']}', or start a new run."
             )
+        if any(checkpoint.glob("buffer-*")):
+            for name in OF_THE_BUFFER:
+                saved, now = state["config"][name], getattr(trainer.config, name)
+                if saved != now:
+                    raise ValueError(
+                        f"{checkpoint} holds rounds that were sampled with {name} = {saved!r}, and this run has {now!r}: they cannot be trained on beside its own. Set it to "
+                        f"{saved!r}, or start a new run from the adapter."
+                    )
         changed = changed_settings(state["config"], trainer.config.to_dict())
         if changed:
             logger.warning(
@@ -151,7 +163,9 @@ class Checkpoints:
             # decided on the run's first batch; another batch might decide otherwise
             trainer.experience.reanchor = state["reanchor"]
         trainer.prompts.load_state_dict(state["prompts"])
-        trainer.kl_weight = state["kl_weight"]
+        trainer.experience.mixes = {tuple(steps): mixes for steps, mixes in state["mixes"]}
+        if trainer.config.target_kl is not None and state["config"]["target_kl"] is not None:
+            trainer.kl_weight = state["kl_weight"]  # as far as it has been adapted
         trainer.callbacks.load_state_dict(state["callbacks"])
         trainer.experience.load(checkpoint)
         if trainer.stat_tracker is not None and state["stat_tracker"] is not None:
@@ -167,7 +181,7 @@ class Checkpoints:
         tuned, folder = self.trainer.tuned, Path(input_dir)
         tuned.load(self.trainer.pipeline, folder)
         tuned.moved_reference = None
-        if (folder / REFERENCE_FILE).exists():
+        if (folder / REFERENCE_FILE).exists() and self.trainer.config.reference_update_epochs is not None:
             tuned.move_reference(load_file(folder / REFERENCE_FILE))
         if self.trainer.critic is not None:
             state = torch.load(folder / VALUE_FILE, map_location="cpu", weights_only=True)
@@ -199,6 +213,16 @@ class Checkpoints:
     def _all(self) -> list[Path]:
         return checkpoints_in(self.folder)
 
+
+# Settings that rounds of a buffer cannot be trained without.
+OF_THE_BUFFER = (
+    "train_objective",
+    "train_log_prob_reduction",
+    "kl_gradient",
+    "sample_num_steps",
+    "sample_sde_window_size",
+    "train_adv_scale",
+)
 
 # Settings that may change between the parts of a run without changing what it computes.
 FREE_SETTINGS = (

@@ -137,7 +137,7 @@ def check_ranges(config: DPOKConfig) -> None:
     for name, default in (("train_lora_rank", "4"), ("train_lora_alpha", "the rank")):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"{name} = {getattr(config, name)}, but it must be at least 1, or None for {default}.")
-    if int(config.sample_num_steps * config.train_timestep_fraction) < 1:
+    if selected_steps(config.sample_num_steps, config.train_timestep_fraction) < 1:
         raise ValueError(
             f"train_timestep_fraction = {config.train_timestep_fraction} of sample_num_steps = {config.sample_num_steps} selects no step. "
             f"Give at least {smallest_fraction(config.sample_num_steps)}."
@@ -169,7 +169,7 @@ def _check_window(config: DPOKConfig) -> None:
             f"sample_sde_window_size = {size} from sample_sde_window_start = {start} does not lie in the {config.sample_num_steps} steps of "
             f"sample_num_steps. The size must be between 1 and {config.sample_num_steps - start}."
         )
-    if int(size * config.train_timestep_fraction) < 1:
+    if selected_steps(size, config.train_timestep_fraction) < 1:
         raise ValueError(
             f"train_timestep_fraction = {config.train_timestep_fraction} of sample_sde_window_size = {size} selects no step. Give at least "
             f"{smallest_fraction(size)}."
@@ -201,6 +201,15 @@ def moot_settings(config: Any) -> Iterator[tuple[Sequence[str], str]]:
         yield names, "kl_weight = 0 turns the KL term off"
     if config.kl_type == "noise":
         yield ("kl_gradient", "target_kl"), "kl_type = 'noise' is no KL in nats; take 'gaussian'"
+    if not config.per_prompt_stat_tracking:
+        names = ("per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count")
+        yield names, "per_prompt_stat_tracking = False keeps no statistics of prompts"
+    if config.train_lr_scheduler == "constant":
+        yield ["train_lr_warmup_steps"], "train_lr_scheduler = 'constant' has no warm-up ('constant_with_warmup' has)"
+    if config.sample_transition == "flow_sde":
+        yield ["sample_eta"], "sample_transition = 'flow_sde' has its noise from sample_noise_level"
+    if config.sample_transition in ("ancestral", "cps"):
+        yield ["sample_noise_level"], f"sample_transition = '{config.sample_transition}' has its noise from sample_eta"
     if baseline != "value":
         yield VALUE_SETTINGS, f"train_adv_type = '{baseline}' has no value function"
 
@@ -410,6 +419,11 @@ def check_combinations(config: DPOKConfig) -> None:
         "train_batch_size * train_gradient_accumulation_steps",
         config.train_batch_size * config.train_gradient_accumulation_steps,
     )
+
+
+def selected_steps(steps: int, fraction: float) -> int:
+    """How many of `steps` a `train_timestep_fraction` selects."""
+    return math.floor(steps * fraction + 1e-9)  # 0.58 of 50 is 28.999999999999996 in binary
 
 
 def smallest_fraction(steps: int) -> float:

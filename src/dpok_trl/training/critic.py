@@ -37,7 +37,8 @@ class Critic:
         )
 
     def values(self, batches: Sequence[SampledBatch], rewards: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        """V at each stochastic step of a new round, **before** V has seen it: a baseline that depends on no reward of the round but through their mean.
+        """V at each stochastic step of a new round, **before** V has seen it: a baseline that depends on no reward of the round but through their mean
+        and standard deviation.
 
         Args:
             batches: Of this process.

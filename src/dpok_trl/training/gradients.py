@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dpok_trl.core.objectives import reinforce_loss
 from dpok_trl.core.trajectory import Transitions
 from dpok_trl.training.batches import TrainingBatch
+from dpok_trl.training.config_checks import selected_steps
 
 
 def prompt_gradient_cosines(
@@ -40,7 +41,7 @@ def prompt_gradient_cosines(
         `dict[str, float]`: As [`gradient_cosines`]; empty for a round of a single prompt.
     """
     steps = batches[0].trajectory.steps
-    steps = random.permutation(steps)[: max(1, int(len(steps) * timestep_fraction))].tolist()
+    steps = random.permutation(steps)[: max(1, selected_steps(len(steps), timestep_fraction))].tolist()
 
     def loss_of(transitions: Transitions) -> Tensor:
         (replayed,) = policy(transitions.trajectory, transitions.samples, each=transitions.steps)

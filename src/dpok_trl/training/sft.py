@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,8 +28,10 @@ from dpok_trl.core.supervised import (
 from dpok_trl.core.trajectory import Trajectory
 from dpok_trl.core.transitions import NoiseLevels
 from dpok_trl.policy.ddpo_pipeline import DefaultDPOKStableDiffusionPipeline
+from dpok_trl.policy.nested import num_rows
 from dpok_trl.rewards.binding import RewardInputs, TrainerState
 from dpok_trl.training.batches import SampledBatch, plan_updates
+from dpok_trl.training.config_checks import selected_steps
 from dpok_trl.training.experience import can_mix
 from dpok_trl.training.sft_config import DPOKSFTConfig, kept_of
 from dpok_trl.training.sft_data import (
@@ -49,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 # By how much a log-probability (mean over dimensions) may differ where a forward pass takes several timesteps together.
 MIXING_TOLERANCE = 1e-3
+UNGUIDED = (1.0, 0.0)  # guidance scales that stand for none: most calls guide above 1, some above 0
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class DPOKSFTTrainer(DPOKTrainer):
         self._template: Trajectory | None = None  # of a rollout of `train_batch_size`
         self._image_shape: tuple[int, ...] = ()  # of one that the pipeline draws
         self._mixed = False  # whether one forward pass takes several timesteps
+        self._unguided_scale = UNGUIDED[0]
         self.accelerator.register_save_state_pre_hook(self._save_data)
         self.accelerator.register_load_state_pre_hook(self._load_data)
 
@@ -248,7 +252,7 @@ class DPOKSFTTrainer(DPOKTrainer):
         """Within it the policy runs without guidance: it is the network alone that is regressed on its target."""
         guided = self.policy.call_kwargs
         if "guidance_scale" in guided:
-            self.policy.call_kwargs = {**guided, "guidance_scale": 1.0}
+            self.policy.call_kwargs = {**guided, "guidance_scale": self._unguided_scale}
         try:
             yield
         finally:
@@ -300,6 +304,25 @@ class DPOKSFTTrainer(DPOKTrainer):
         )
         return Regression(trajectory, steps, target_on_grid(grid, x0, eps, each), weights[rows].to(device))
 
+    def _unguided_rollout(self, prompts: Sequence[str]) -> Trajectory:
+        """Of these prompts, at the guidance scale at which the network runs once for each sample: 1 in most calls, 0 in some."""
+        scales = UNGUIDED if "guidance_scale" in self.policy.call_kwargs else UNGUIDED[:1]
+        for self._unguided_scale in scales:
+            with self._unguided(), self.accelerator.autocast():
+                drawn = self.policy.rollout(prompts, range(len(prompts)))
+            rows = sum(map(num_rows, drawn.recording.templates[-1]))
+            if rows == len(prompts):
+                return drawn
+        self._unguided_scale = UNGUIDED[0]
+        logger.warning(
+            "the call of %s runs its network on %d rows for %d samples also without guidance: what guides it beside guidance_scale stays on, and the guided output is what is "
+            "trained. Turn it off in sample_call_kwargs, if you can.",
+            type(self.pipeline).__name__,
+            rows,
+            len(prompts),
+        )
+        return drawn
+
     def _settle_template(self) -> Trajectory:
         """An unguided rollout of a training batch, made once in a process: replays of noisy latents walk its path. Any prompts will do."""
         if self._template is not None:
@@ -310,8 +333,7 @@ class DPOKSFTTrainer(DPOKTrainer):
         else:
             prompts = list(self.train_dataset.select_columns("prompt")[:size]["prompt"])
         prompts = (prompts * size)[:size]
-        with self._unguided(), self.accelerator.autocast():
-            drawn = self.policy.rollout(prompts, range(size))
+        drawn = self._unguided_rollout(prompts)
         if any(state is not action for state, action in zip(drawn.latents[1:], drawn.next_latents, strict=True)):
             raise ValueError(
                 f"{type(self.pipeline).__name__} changes the latents between the steps (inpainting does), so it cannot be trained on noisy latents of a choice. Take "
@@ -349,7 +371,7 @@ class DPOKSFTTrainer(DPOKTrainer):
             check_dataset(self.train_dataset, self.accelerator.num_processes)
             drawn = len(self.train_dataset) // self.accelerator.num_processes
         batches = config.images_kept(drawn, self.train_dataset is None) // config.train_batch_size
-        steps = int((config.sample_num_steps - 1) * config.train_timestep_fraction)
+        steps = selected_steps(config.sample_num_steps - 1, config.train_timestep_fraction)
         parts = math.ceil(steps / (config.train_timesteps_per_update or steps))
         return math.ceil(batches / config.train_gradient_accumulation_steps) * parts
 

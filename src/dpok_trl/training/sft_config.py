@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dpok_trl.training.config import DPOKConfig
-from dpok_trl.training.config_checks import refuse_unused, smallest_fraction
+from dpok_trl.training.config_checks import refuse_unused, selected_steps, smallest_fraction
 
 
 # Settings of the policy gradient, its KL and its baselines, which a regression has no use for.
@@ -128,7 +128,7 @@ class DPOKSFTConfig(DPOKConfig):
                 "sft_loss = 'filtered' with sft_kl = 'kl_d': all images that are kept have weight 1, and sft_gamma would only scale the loss. Take sft_kl = 'kl_o', or "
                 "sft_loss = 'reward_weighted'."
             )
-        selected = int((self.sample_num_steps - 1) * self.train_timestep_fraction)
+        selected = selected_steps(self.sample_num_steps - 1, self.train_timestep_fraction)
         if selected < 1:
             raise ValueError(
                 f"train_timestep_fraction = {self.train_timestep_fraction} of the {self.sample_num_steps - 1} steps that are trained on (all of sample_num_steps but the "

@@ -57,6 +57,7 @@ from dpok_trl.training.building import build_policy, encoders_off_the_device
 from dpok_trl.training.callbacks import Callbacks
 from dpok_trl.training.checkpoint import Checkpoints
 from dpok_trl.training.config import DPOKConfig
+from dpok_trl.training.config_checks import kept_of_group, selected_steps
 from dpok_trl.training.critic import Critic
 from dpok_trl.training.evaluating import Evaluator
 from dpok_trl.training.experience import Experience
@@ -69,6 +70,7 @@ from dpok_trl.training.publishing import PublishingMixin
 from dpok_trl.training.ratio import RatioError, refuse_ratio
 from dpok_trl.training.scoring import Scoring
 from dpok_trl.training.setup import make_accelerator, make_optimizer, settle_output_dir
+from dpok_trl.training.sft_config import DPOKSFTConfig
 from dpok_trl.training.tracking import begin_report, logged_samples, report, start_trackers
 from dpok_trl.training.window import sde_window
 
@@ -103,6 +105,7 @@ class DPOKTrainer(PublishingMixin):
     """
 
     _tag_names = ["dpok-trl", "dpok"]  # noqa: RUF012 (as DDPOTrainer has it)
+    _is_supervised = False  # DPOKSFTTrainer is
 
     def __init__(
         self,
@@ -118,6 +121,11 @@ class DPOKTrainer(PublishingMixin):
         eval_reward_function: Any = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
     ):
+        if not isinstance(config, DPOKConfig) or isinstance(config, DPOKSFTConfig) != self._is_supervised:
+            needed = "DPOKSFTConfig" if self._is_supervised else "DPOKConfig"
+            raise TypeError(
+                f"{type(self).__name__} needs a {needed}, given: {type(config).__name__}. A preset is one by {needed}.preset(name)."
+            )
         wrapper = sd_pipeline if isinstance(sd_pipeline, DefaultDPOKStableDiffusionPipeline) else None
         if wrapper is not None and not wrapper.use_lora:
             config = replace(config, train_use_lora=False)  # where DDPO says it
@@ -154,7 +162,9 @@ class DPOKTrainer(PublishingMixin):
             config.train_lr_scheduler,
             optimizer,
             num_warmup_steps=config.train_lr_warmup_steps,
-            num_training_steps=config.num_epochs * config.train_num_inner_epochs * self._updates_per_pass(),
+            num_training_steps=(config.num_epochs - config.value_warmup_epochs)
+            * config.train_num_inner_epochs
+            * self._updates_per_pass(),
         )
         self.prepared_policy, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
             self.policy, optimizer, lr_scheduler
@@ -180,7 +190,7 @@ class DPOKTrainer(PublishingMixin):
         self._updated = False  # by this trainer; before that the ratio is 1
         self.run_log = RunLog(self.output_dir) if self.accelerator.is_main_process else None
         self.checkpoints = Checkpoints(self)
-        self.evaluator = Evaluator(self, prompt_function, eval_prompts, eval_reward_function)
+        self.evaluator = Evaluator(self, eval_prompts, eval_reward_function)
         self.callbacks = Callbacks(self, callbacks or ())
 
     # ---------------------------------------------------------------- the loop
@@ -252,9 +262,13 @@ class DPOKTrainer(PublishingMixin):
         """What is due after an epoch, by the settings, at the end of the run, or because a callback asks for it."""
         callbacks, freq = self.callbacks, self.config.save_freq
         ends = epoch + 1 == last or callbacks.control.should_training_stop
-        metrics = self.evaluator.after_epoch(
-            epoch, last=ends and not interrupted, asked=callbacks.control.should_evaluate
-        )
+        try:
+            metrics = self.evaluator.after_epoch(
+                epoch, last=ends and not interrupted, asked=callbacks.control.should_evaluate
+            )
+        except Exception:
+            self.checkpoints.save()  # what was trained is not at fault; all processes are here
+            raise
         if metrics is not None:
             callbacks.evaluated(metrics)
         ends = ends or interrupted or callbacks.control.should_training_stop  # early stopping decides by evaluations
@@ -355,12 +369,12 @@ class DPOKTrainer(PublishingMixin):
         Args:
             prompts: As `eval_prompts`, which are the default.
             reward_function: Held-out rewards; `eval_reward_function` by default.
-            sets (`Sequence[str]`, *optional*): Names of the sets to go over. Default: all.
+            sets (`str` or `Sequence[str]`, *optional*): Names of the sets to go over. Default: all.
             images_per_prompt, num_steps, batch_size (`int`, *optional*): `eval_num_images_per_prompt`, `eval_num_steps` and `eval_batch_size` by default.
             seed (`int`, defaults to 0): Image `i` of a set is drawn from seed `seed + i`.
 
         Raises:
-            `ValueError`: Without prompts, and for a set that there is not.
+            `ValueError`: Without prompts, for a set that there is not, and where the set "held-out" has prompts that are trained on, or "training" has none.
             [`RewardError`]: On every process, if a reward raises on one.
         """
         return self.evaluator.evaluate(prompts, reward_function, **settings)
@@ -605,10 +619,11 @@ class DPOKTrainer(PublishingMixin):
         """Optimizer steps of a pass, for the length of the learning-rate schedule; as if every step of the grid, or of the window in it, were
         stochastic, since the grid is known only once the pipeline has run."""
         config = self.config
-        samples = config.sample_batch_size * config.sample_num_batches_per_epoch
+        groups = config.sample_batch_size * config.sample_num_batches_per_epoch // config.sample_num_images_per_prompt
+        samples = groups * kept_of_group(config)
         batches = samples // (config.train_batch_size * config.train_gradient_accumulation_steps)
         stochastic = config.sample_sde_window_size or config.sample_num_steps
-        steps = int(stochastic * config.train_timestep_fraction)
+        steps = selected_steps(stochastic, config.train_timestep_fraction)
         return batches * math.ceil(steps / (config.train_timesteps_per_update or steps))
 
     def _arguments(self, metadata: Sequence[Any]) -> dict[str, list[Any]]:
