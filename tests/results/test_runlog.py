@@ -233,3 +233,11 @@ def test_a_ddpo_image_hook_works_without_a_tracker(tmp_path):
 def test_lines_are_plain_json_when_finite(tmp_path):
     RunLog(tmp_path).log({"time/rollout": 1.5}, step=1)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "time/rollout": 1.5}
+
+
+def test_objects_that_no_file_can_hold_are_named_in_the_config(tmp_path):
+    settings = {"seed": 3, "sample_call_kwargs": {"height": 64, "image": Image.new("RGB", (4, 4))}}
+    RunLog(tmp_path).write_config(settings)
+    text = (tmp_path / "config.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# Not in this file, which cannot hold them: sample_call_kwargs.image. Give them in Python.\n")
+    assert yaml.safe_load(text) == {"seed": 3, "sample_call_kwargs": {"height": 64}}

@@ -99,12 +99,16 @@ class RunLog:
         return grid
 
     def write_config(self, settings: Mapping[str, Any]) -> None:
-        """Writes `config.yaml`, which `TrlParser` reads by `--config`. Secrets are left out.
+        """Writes `config.yaml`, which `TrlParser` reads by `--config`. Secrets are left out, and objects that no file can hold (a picture in `sample_call_kwargs`); a
+        comment names the latter.
 
         Args:
             settings (`Mapping[str, Any]`): Of the config, nested as its fields are.
         """
-        content = yaml.safe_dump(without_secrets(settings), sort_keys=False, allow_unicode=True, width=120)
+        kept, left_out = _writable(without_secrets(settings))
+        content = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=120)
+        if left_out:
+            content = f"# Not in this file, which cannot hold them: {', '.join(left_out)}. Give them in Python.\n{content}"
         temporary = self.folder / f"{CONFIG_FILE}.tmp"
         temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, self.folder / CONFIG_FILE)
@@ -125,6 +129,23 @@ class RunLog:
             for number, picture in enumerate(pictures):
                 suffix = f"-{number:02d}" if len(pictures) > 1 else ""
                 picture.save(folder / f"{prefix}{index:02d}-{slug}{suffix}.png")
+
+
+def _writable(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What YAML can hold, and the names of the rest."""
+    kept: dict[str, Any] = {}
+    left_out = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            kept[name], others = _writable(value)
+            left_out += [f"{name}.{other}" for other in others]
+            continue
+        try:
+            yaml.safe_dump(value)
+            kept[name] = value
+        except yaml.representer.RepresenterError:
+            left_out.append(str(name))
+    return kept, left_out
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
