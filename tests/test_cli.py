@@ -1,6 +1,10 @@
 """The command line: its errors and exit codes, and the demo from end to end."""
 
+import importlib
 import json
+import os
+import pty
+import re
 import shlex
 import subprocess
 import sys
@@ -51,7 +55,10 @@ def test_wrong_arguments_are_refused(capsys, argv, words):
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "option"), [("demo", "--kl-weight"), ("check", "--scheduler")])
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("demo", "--kl-weight"), ("check", "--scheduler"), ("train", "--kl_weight"), ("sample", "--seeds")],
+)
 def test_help_imports_nothing_heavy(name, option):
     code = (
         f"import sys\nfrom dpok_trl import cli\ntry: cli.main(['{name}', '--help'])\nexcept SystemExit: pass\n"
@@ -59,6 +66,46 @@ def test_help_imports_nothing_heavy(name, option):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.endswith("[]\n") and option in result.stdout and result.stderr == ""
+
+
+def heads():
+    """The parsers of the commands, by name."""
+    [action] = [action for action in cli.build_parser()._actions if action.dest == "command"]
+    return action.choices
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_has_an_example_that_parses(name, capsys):
+    example = cli.EXAMPLES[name]
+    words = shlex.split(re.search(r"dpok-trl [^)]*", example)[0])
+    assert words[1] == name
+    if name == "train":  # which reads its own
+        words[words.index("--config") :] = words[words.index("--config") + 2 :]
+        command_of("train").make_parser().parse(words[2:])
+    else:
+        cli.build_parser().parse_args(words[1:])
+    assert exit_code([name, "--help"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (f"example: {example}" in printed and "--debug" in printed) or name == "train"
+
+
+def command_of(name):
+    return importlib.import_module(cli.COMMANDS[name])
+
+
+def test_examples_are_of_commands():
+    assert set(cli.EXAMPLES) >= set(cli.COMMANDS) == set(heads())
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["NO_COLOR", "dumb"])
+def test_no_colour_on_a_terminal_that_has_none(environment):
+    ours, its = pty.openpty()
+    code = "import sys\nfrom dpok_trl import cli\nsys.exit(cli.main(['env', '--help']))"
+    result = subprocess.run([sys.executable, "-c", code], stdout=its, stderr=its, env={**os.environ, **environment})
+    printed = os.read(ours, 10000)
+    os.close(ours)
+    os.close(its)
+    assert result.returncode == 0 and b"--json" in printed and b"\x1b" not in printed
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
