@@ -15,7 +15,7 @@ BENCH ?= floor reentry memory
 # One thread per process: the suite runs in two processes, and tiny tensors gain nothing from more.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: setup demo test test-all lint bench docs clean
+.PHONY: setup demo test test-all lint bench docs wheel clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict src/dpok_trl/core
+	$(BIN)/python tools/check_release.py
 
 # make bench BENCH=reentry ARGS="--sd15"
 bench: $(STAMP)
@@ -46,6 +47,10 @@ bench: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
 	$(BIN)/mkdocs build --strict
+
+# the package as a user gets it: built, and tried in an environment of its own
+wheel:
+	PYTHON=$(PYTHON) .ci/wheel
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,9 +1,11 @@
 """The documentation against the code: settings, metrics, names, links and examples."""
 
 import ast
+import builtins
 import dataclasses
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -321,10 +323,53 @@ def test_links_between_pages(page):
 
 def test_every_page_is_in_the_navigation():
     config = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())
-    pages = [page for part in config["nav"] for entries in part.values() for entry in entries for page in entry.values()]
+    pages = [
+        page for part in config["nav"] for entries in part.values() for entry in entries for page in entry.values()
+    ]
     assert sorted(pages) == [page.name for page in PAGES]
     for file in [*config["extra_css"], *(Path(hook).name for hook in config["hooks"])]:
         assert (DOCS / file).is_file()
+
+
+def test_the_first_page_is_a_map_of_all():
+    linked = set(re.findall(r"^\| \[[^]]+\]\(([\w-]+\.md)\)", section(text_of("index"), "Where to read on"), re.M))
+    assert linked == {page.name for page in PAGES} - {"index.md"}
+
+
+def test_the_picture_of_the_loop_is_what_its_script_draws(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "tools")
+    import draw_loop
+
+    assert draw_loop.picture() == (DOCS / "images" / "loop.svg").read_text(encoding="utf-8")
+    ElementTree.fromstring(draw_loop.picture())
+
+
+def test_the_metrics_of_troubleshooting_exist():
+    documented = {
+        name
+        for first in ("metric", "metric of a setting", "evaluation metric")
+        for name in tables(text_of("metrics"), first)
+    }
+    documented |= {f"gradient/{name}" for name in ("prompts", "cosine_mean", "cosine_min", "norm_ratio")}
+    for page in ("troubleshooting", "faq"):
+        named = set(re.findall(r"`((?:policy|rewards|value|time|eval|gradient)/[\w/<>]+)`", text_of(page)))
+        assert named <= documented, named - documented
+        assert page == "faq" or len(named) > 8
+
+
+def test_what_troubleshooting_quotes_is_said_somewhere():
+    """Its exceptions exist, and the symptoms of its headings are all there."""
+    text = text_of("troubleshooting")
+    for name in re.findall(r"`(\w+Error)`", text):
+        assert name in dpok_trl.__all__ or hasattr(builtins, name), name
+    assert len(re.findall(r"^## ", text, re.M)) == 12
+
+
+def test_the_memory_that_the_questions_name_is_that_of_the_table():
+    sizes = [row.split("|")[-2].strip() for row in text_of("configuration").splitlines() if "10⁹ |" in row]
+    assert len(sizes) == 3
+    answer = section(text_of("faq"), r"Which GPU do I need\?")
+    assert all(re.search(rf"\b{re.escape(size)}\b", answer) for size in sizes)
 
 
 def test_files_named_in_the_docs_exist():
