@@ -34,7 +34,7 @@ EXAMPLES = {
     "demo": "dpok-trl demo --prompt 'four circles' --output four-circles",
     "train": "dpok-trl train --config recipe.yaml --num_epochs 20 --kl_weight 0.02",
     "sample": "dpok-trl sample rabbit-lora --prompts 'A green colored rabbit.' --images 4 --output rabbits.png",
-    "check": "dpok-trl check stable-diffusion-v1-5/stable-diffusion-v1-5 --scheduler DDIM --dtype bf16",
+    "check": "dpok-trl check owner/model --scheduler DDIM --dtype bf16",
     "evaluate": "dpok-trl evaluate rabbit-lora --prompts 'A green colored rabbit.' --held-out animals --reward image-reward --held-out-reward aesthetic",
     "rewards": "dpok-trl rewards score clip-score --prompt 'a red circle' one.png two.png",
     "serve-reward": "dpok-trl serve-reward hpsv2.1 --host 0.0.0.0 --device cuda:1",
