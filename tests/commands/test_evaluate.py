@@ -84,6 +84,13 @@ def test_what_a_run_left_is_evaluated_as_the_run_itself(world, tmp_path, capsys,
     assert expected.sets["training"].kl.mean > 0
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["call"] == {"num_inference_steps": 2, "guidance_scale": 3.0, "negative_prompt": "blurry"}
+    about = {name: value for name, value in written["about"].items() if name not in ("date", "versions")}
+    checkpoint = {} if of == "model" else {"checkpoint": "checkpoint-1", "epoch": 1, "step": 1}
+    assert about == {"model": model.name, "base": "base", **checkpoint}
+    table = (tmp_path / "out" / "evaluation.md").read_text()
+    said = f"| {model.name}, checkpoint-1, epoch 1, step 1 |" if checkpoint else f"| {model.name} |"
+    assert said in re.sub(" +", " ", table)
+    assert str(folder) not in table + json.dumps(written)  # no folders of this machine
 
 
 def test_options_win_over_the_settings_of_the_run(world, tmp_path):
@@ -107,10 +114,12 @@ def test_options_win_over_the_settings_of_the_run(world, tmp_path):
 @pytest.mark.parametrize("kind", ["lora", "text", "full"])
 def test_without_a_base_it_is_what_the_run_was_trained_on(world, tmp_path, capsys, kind):
     folder, _ = world
-    rest = ["--prompts", "a", "--reward", "jpeg-compressibility", "--images", "1", "--output", tmp_path]
-    assert cli.main(["evaluate", *map(str, [folder / kind, *rest])]) == 0
+    rest = ["--prompts", "a", "--reward", "jpeg-compressibility", "--images", "1", "--output"]
+    assert cli.main(["evaluate", *map(str, [folder / kind, *rest, tmp_path / "one"])]) == 0
     assert f"Loading {folder / 'base'} and " in capsys.readouterr().out
-    assert cli.main(["evaluate", *map(str, [folder / f"{kind}-model", *rest])]) == 2  # a card names no folder
+    assert (
+        cli.main(["evaluate", *map(str, [folder / f"{kind}-model", *rest, tmp_path / "two"])]) == 2
+    )  # a card names no folder
     assert "says which pipeline this was trained on: give it with --base" in capsys.readouterr().err
 
 
@@ -142,12 +151,26 @@ def test_prompts_are_texts_files_and_shipped_lists(tmp_path):
         (["--prompts", "a", "--held-out", "a", "b"], "1 of the 2 prompts of the set 'held-out' are trained on: 'a'"),
         (["--prompts", "mine.txt"], "there is no file mine.txt"),
         (["--prompts", "a", "a", "--reward", "demo-soft"], "'a' stands 2 times in the set 'training'"),
+        (["--prompts", "a", "--reward", "demo-soft", "--images", "0"], "--images = 0, but an evaluation needs a whole number of at least 1"),
+        (["--prompts", "a", "--reward", "demo-soft", "demo-soft"], "the reward demo-soft is given 2 times"),
+        (["--prompts", "a", "--reward", "demo-soft", "--held-out-reward", "demo-soft"], "the reward demo-soft is given 2 times"),
         (["--prompts", "a", "--reward", "demo-soft"], "there is no folder nowhere, and a Hub id has the form owner/name"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line(capsys, argv, message):
     assert cli.main(["evaluate", "nowhere", "--base", "demo", *argv]) == 2
     assert re.match(f"dpok-trl evaluate: error: {message}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("file", ["evaluation.json", "evaluation.md", "grid.png", "samples/x.png"])
+def test_another_evaluation_is_not_overwritten(tmp_path, capsys, file):
+    (tmp_path / "out" / file).parent.mkdir(parents=True)
+    (tmp_path / "out" / file).write_text("precious")
+    argv = ["evaluate", "nowhere", "--prompts", "a", "--reward", "demo-soft", "--output", str(tmp_path / "out")]
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert f"out holds another evaluation ({file.partition('/')[0]}). Give a new folder with --output" in error
+    assert (tmp_path / "out" / file).read_text() == "precious"
 
 
 def test_folders_without_weights_and_of_another_model(world, tmp_path, capsys):

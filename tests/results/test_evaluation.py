@@ -1,5 +1,8 @@
 import json
 import math
+from contextlib import contextmanager
+from itertools import combinations
+from statistics import fmean, stdev
 
 import datasets
 import numpy as np
@@ -9,11 +12,12 @@ from PIL import Image
 from tiny import STEPS, nudge, stable_diffusion, with_adapter
 
 from dpok_trl.policy.policy import Policy
-from dpok_trl.results.drawing import path_kl
+from dpok_trl.results.drawing import EvaluationSampler, path_kl
 from dpok_trl.results.evaluation import evaluate
 from dpok_trl.results.evaluation_files import sample_rows
-from dpok_trl.results.prompt_sets import prompts_of, read_prompt_sets, refuse_training_prompts
+from dpok_trl.results.prompt_sets import read_prompt_sets, refuse_wrong_sets
 from dpok_trl.rewards.base import RewardError
+from dpok_trl.rewards.combining import RewardSet
 
 
 # The KL by hand, from the means in float64, against the closed form in float32.
@@ -166,7 +170,7 @@ def test_rewards_that_fail_are_counted_and_left_out_pairwise():
     assert comparison.base_reward("x").mean == pytest.approx(
         comparison.base.scores["x"][1:].double().mean().item(), rel=1e-12
     )
-    assert comparison.most_of("x") == 3
+    assert comparison.largest_n("x") == 3
 
 
 def test_what_does_not_apply_is_no_failure_and_nothing_is_no_zero():
@@ -214,26 +218,54 @@ def test_diversity_and_best_of_the_pretrained_model():
     assert comparison.best_of("brightness", 4).mean == pytest.approx(
         (ordered[3] + 4 * ordered[4]).item() / 5, rel=1e-12
     )
-    tuned, n = comparison.tuned_reward("brightness").mean, comparison.equivalent_n("brightness")
-    if n is None:
-        assert comparison.best_of("brightness", 5).mean < tuned
-    else:
-        assert comparison.best_of("brightness", n).mean >= tuned
-        assert n == 1 or comparison.best_of("brightness", n - 1).mean < tuned
 
 
-@pytest.mark.parametrize(("shift", "expected", "words"), [(-1.0, 1, "no more than one image"), (0.0, 2, "the best of 2"), (9.0, None, "more than the best of 4")])  # fmt: skip
-def test_how_many_images_the_tuned_model_is_worth(shift, expected, words):
+@pytest.mark.parametrize(
+    ("tuned", "n", "words"),
+    [
+        ([0.0, 1.0, 2.0, 3.0], None, "not distinguishable from one image"),  # the very same
+        ([0.0, 1.0, 2.0, 3.2], 1.06, "not distinguishable from one image"),
+        ([-9.0, -8.0, -7.0, -6.0], None, "less than one image"),
+        ([9.0, 9.0, 9.0, 9.0], None, "more than the best of 3"),
+    ],
+)
+def test_how_many_images_the_tuned_model_is_worth(tuned, n, words):
     def scored(images, prompts, metadata):
-        return torch.arange(4.0) if calls.pop() == "base" else torch.full((4,), 1.9 + shift)
+        return torch.arange(4.0) if calls.pop() == "base" else torch.tensor(tuned)
 
     calls = ["base", "tuned"]  # from the end
     evaluation = evaluate(make_policy(nudged=False), ["a"], {"x": scored})
-    # of 0, 1, 2, 3 the best of one is 1.5 and the best of two (1 + 2 * 2 + 3 * 3) / 6 = 2.33
-    assert evaluation.sets["prompts"].equivalent_n("x") == expected
+    found = evaluation.sets["prompts"].equivalent_n("x")
+    if n is not None:  # of 0, 1, 2, 3 the best of one is 1.5 and the best of two (1 + 2 * 2 + 3 * 3) / 6 = 2.33
+        assert found.n == pytest.approx(1 + (n - 1), rel=1e-6)
     row = [line for line in evaluation.table().splitlines() if line.startswith("| x")][1]
-    assert cells(row)[-1] == words
-    assert cells(row)[1].startswith("2.333 ± ")
+    assert cells(row)[1:3] == [str(evaluation.sets["prompts"].tuned_reward("x")), words]
+    assert cells(row)[3].startswith("2.333 ± ")
+    assert evaluation.to_dict()["sets"]["prompts"]["rewards"]["x"]["equivalent_n"]["words"] == words
+
+
+def test_the_range_has_the_errors_of_both_models():
+    base, tuned = torch.arange(8.0), torch.tensor([5.0, 5.5, 4.5, 5.0, 4.0, 5.2, 4.8, 5.0])
+
+    def scored(images, prompts, metadata):
+        return base if calls.pop() == "base" else tuned
+
+    def difference(rows, n):
+        return tuned[rows].mean().item() - fmean(max(some) for some in combinations(base[rows].tolist(), n))
+
+    calls = ["base", "tuned"]
+    evaluation = evaluate(make_policy(nudged=False), ["a"], {"x": scored}, images_per_prompt=8, batch_size=8)
+    found = evaluation.sets["prompts"].equivalent_n("x")
+    numbers, means, errors = range(1, 8), [], []
+    for n in numbers:
+        without = [difference([row for row in range(8) if row != left], n) for left in range(8)]
+        means.append(difference(list(range(8)), n))
+        errors.append(stdev(without) * 7 / math.sqrt(8))
+    for share, at in ((-1, found.low), (0, found.n), (1, found.high)):
+        falling = [mean + share * error for mean, error in zip(means, errors, strict=True)]
+        assert falling == sorted(falling, reverse=True) and falling[0] > 0 > falling[-1]
+        assert at == pytest.approx(np.interp(0, np.negative(falling), numbers), rel=1e-6)
+    assert 1 < found.low < found.n < found.high < 7
 
 
 def test_one_image_per_prompt_has_no_diversity_and_says_so():
@@ -245,6 +277,49 @@ def test_one_image_per_prompt_has_no_diversity_and_says_so():
     assert "eval/prompts/diversity" not in evaluation.metrics()
     with pytest.raises(ValueError, match="there is 1 of each"):
         evaluation.sets["prompts"].diversity()
+
+
+def test_the_files_say_what_was_evaluated(tmp_path):
+    policy = make_policy(nudged=True)
+    policy.pipe.register_to_config(_name_or_path="/home/somebody/models/base")
+    evaluation = evaluate(policy, {"one": ["a"], "two": ["b", "c"]}, brightness, images_per_prompt=2, seed=5)
+    assert evaluation.about["base"] == "base" and evaluation.about["versions"]["torch"] == torch.__version__
+    evaluation.save(tmp_path)
+    rows = dict(cells(line) for line in (tmp_path / "evaluation.md").read_text().split("\n\n")[1].splitlines()[2:])
+    assert rows["compared with"] == "base" and rows["seeds"] == "one 5–6, two 5–8"
+    assert (rows["num_inference_steps"], rows["guidance_scale"]) == (str(STEPS), "1.0")
+    assert f"torch {torch.__version__}" in rows["versions"] and rows["date"].endswith(" UTC")
+    assert json.loads((tmp_path / "evaluation.json").read_text())["about"] == evaluation.about
+    assert "/home" not in (tmp_path / "evaluation.md").read_text() + (tmp_path / "evaluation.json").read_text()
+
+
+def test_the_rewards_of_a_set_are_asked_together_for_as_many_images_as_may_wait(monkeypatch):
+    asked = []
+
+    def scored(images, prompts, metadata):
+        asked.append(len(images))
+        return torch.zeros(len(images))
+
+    def entries(waiting_bytes):
+        monkeypatch.setattr("dpok_trl.results.drawing.WAITING_BYTES", waiting_bytes)
+        entered = []
+
+        @contextmanager
+        def scoring(rewards):
+            entered.append(list(rewards.names))
+            yield
+            assert asked
+
+        policy, sets = make_policy(nudged=False), read_prompt_sets(["a", "b"])
+        rewards = [RewardSet({"one": scored}), RewardSet({"two": brightness})]
+        sampler = EvaluationSampler(policy, rewards, images_per_prompt=2, batch_size=1, scoring=scoring)
+        samples = sampler.sample(sets[0], pretrained=True)
+        return entered, samples.scores["two"]
+
+    together, first = entries(2**30)
+    apart, second = entries(1)
+    assert together == [["one"], ["two"]] and apart == [["one"], ["two"]] * 4
+    assert torch.equal(first, second) and asked == [1] * 8
 
 
 def test_the_files(tmp_path):
@@ -329,8 +404,9 @@ def test_path_kl_grows_with_the_adapter():
         ({}, {}, "no prompts to evaluate on"),
         ({"a/b": ["x"]}, {}, "'a/b' cannot be the name of a set"),
         (["x", "y", "x"], {}, "'x' stands 2 times in the set 'prompts' .1 prompts"),
-        (["x"], {"images_per_prompt": 0}, "images_per_prompt = 0, but an evaluation needs at least 1"),
+        (["x"], {"images_per_prompt": 0}, "images_per_prompt = 0, but an evaluation needs a whole number of at least 1"),
         (["x"], {"batch_size": 0}, "batch_size = 0"),
+        (["x"], {"images_per_prompt": "4"}, "images_per_prompt = '4', but an evaluation needs a whole number of at least 1"),
         (["x"], {"rewards": brightness, "held_out_rewards": brightness}, "brightness is trained on and among the held-out"),
         ([("x", {"kind": 1}), "y"], {"category_column": "kind"}, "1 of the 2 prompts of the set 'prompts' have a 'kind'"),
         ([("x", {"kind": 1}), "y"], {"call_columns": ["kind"]}, "comes without kind, which the pipeline's call is to get"),
@@ -341,6 +417,14 @@ def test_misuse_is_refused_in_words(prompts, settings, message):
         evaluate(make_policy(nudged=False), prompts, **settings)
 
 
+@pytest.mark.parametrize("given", [stable_diffusion, lambda: torch.nn.Linear(1, 1)])
+def test_what_is_no_policy_is_told_how_to_become_one(given):
+    with pytest.raises(
+        TypeError, match=r"needs a Policy, and this is a (StableDiffusionPipeline|Linear).*Policy\(pipe, call_kwargs="
+    ):
+        evaluate(given(), ["x"])
+
+
 def test_a_function_is_no_set_of_prompts():
     with pytest.raises(TypeError, match="the set 'prompts' is a function"):
         read_prompt_sets(lambda: ("x", {}))
@@ -348,11 +432,33 @@ def test_a_function_is_no_set_of_prompts():
 
 def test_held_out_prompts_are_not_trained_on():
     sets = read_prompt_sets({"training": ["a", "b"], "Held_Out": ["c", "b", "d"]})
-    refuse_training_prompts(sets, ["a", "e"])
+    refuse_wrong_sets(sets, ["a", "e"])
     with pytest.raises(ValueError, match="1 of the 3 prompts of the set 'Held_Out' are trained on: 'b'"):
-        refuse_training_prompts(sets, ["a", "b"])
-    assert prompts_of(["a", ("b", {})]) == prompts_of(datasets.Dataset.from_dict({"prompt": ["a", "b"]})) == ["a", "b"]
-    assert prompts_of("a") == ["a"] and prompts_of(lambda: ("a", {})) is None
+        refuse_wrong_sets(sets, ["a", "b"])
+
+
+def test_blanks_and_capitals_make_no_other_prompt():
+    sets = read_prompt_sets({"held-out": ["A green  triangle ", "a red triangle"]})
+    with pytest.raises(
+        ValueError, match="1 of the 2 prompts of the set 'held-out' are trained on: 'A green  triangle '"
+    ):
+        refuse_wrong_sets(sets, ["a green triangle"])
+
+
+def test_training_prompts_are_trained_on():
+    sets = read_prompt_sets({"training": ["a", "b"]})
+    refuse_wrong_sets(sets, ["B ", "c"])
+    with pytest.raises(
+        ValueError, match="no prompt of the set 'training' is trained on: it holds 'a', 'b', and the training 'c'"
+    ):
+        refuse_wrong_sets(sets, ["c"])
+
+
+def test_prompts_are_pairs_in_their_order():
+    dataset = datasets.Dataset.from_list([{"prompt": "b", "kind": 1}, {"prompt": "a", "kind": 2}])
+    for given in (dataset, [("b", {"kind": 1}), ("a", {"kind": 2})]):
+        (one,) = read_prompt_sets(given)
+        assert (one.prompts, one.metadata) == (("b", "a"), ({"kind": 1}, {"kind": 2}))
 
 
 def test_the_same_prompt_with_other_metadata_is_another_entry():

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dpok_trl.results.curves import DARK, LIGHT, column, draw_curves, draw_panels, panels_of, standard_errors
-from dpok_trl.results.drawing import Drawn
+from dpok_trl.results.drawing import ModelSamples
 from dpok_trl.results.evaluation import Comparison, Evaluation
 from dpok_trl.results.report import render_report, write_report
 from dpok_trl.results.runlog import RunLog, read_metrics
@@ -37,9 +37,9 @@ def make_evaluation(n: int = 20, size: int = 8, prompts: int = 1, sets: tuple[st
     generator = torch.Generator().manual_seed(0)
     shown = [index * n // min(n, 16) for index in range(min(n, 16))]
 
-    def drawn(scores: torch.Tensor, kl: torch.Tensor | None) -> Drawn:
+    def drawn(scores: torch.Tensor, kl: torch.Tensor | None) -> ModelSamples:
         pictures = (255 * torch.rand(len(shown), 3, size, size, generator=generator)).to(torch.uint8)
-        return Drawn({"judge": scores}, {"judge": 0}, torch.rand(n, 5, generator=generator), kl, pictures)
+        return ModelSamples({"judge": scores}, {"judge": 0}, torch.rand(n, 5, generator=generator), kl, pictures)
 
     comparison = Comparison(
         prompts=[f"prompt <{index * prompts // n}>" for index in range(n)],

@@ -16,11 +16,11 @@ import torch
 from tiny import nudge, stable_diffusion
 
 from dpok_trl import DPOKSFTConfig, DPOKSFTTrainer
-from dpok_trl.results.drawing import Drawn, Draws
+from dpok_trl.results.drawing import EvaluationSampler, ModelSamples
 from dpok_trl.results.evaluation import Comparison, Evaluation, evaluate
 from dpok_trl.results.runlog import read_metrics
 from dpok_trl.rewards.wrappers import Clipped, Standardized
-from dpok_trl.training.overoptimisation import Snapshot, over_optimisation
+from dpok_trl.training.overoptimisation import Snapshot, over_optimisation, stronger_kl
 
 
 SETS = {"training": ["a cat"], "held-out": ["a fox", "an owl"]}
@@ -71,11 +71,11 @@ def test_a_run_logs_every_set_and_reward(make_trainer, lines):
 
 
 def test_the_pretrained_model_is_drawn_once(make_trainer, monkeypatch):
-    drawn, draw = [], Draws.draw
+    drawn, sample = [], EvaluationSampler.sample
     monkeypatch.setattr(
-        Draws,
-        "draw",
-        lambda self, prompts, **kwargs: drawn.append((prompts.name, kwargs["pretrained"])) or draw(self, prompts, **kwargs),
+        EvaluationSampler,
+        "sample",
+        lambda self, prompts, **kwargs: drawn.append((prompts.name, kwargs["pretrained"])) or sample(self, prompts, **kwargs),
     )  # fmt: skip
     trainer = make_trainer(num_epochs=2, **EVALUATED)
     trainer.train()
@@ -167,19 +167,35 @@ def test_rewards_that_are_kept_off_the_device_are_on_it_only_to_judge(make_train
         {"trained": trained}, eval_reward_function={"other": held_out}, reward_offload=True, **EVALUATED
     )
     sent = record_to(trained), record_to(held_out)
-    trainer.evaluate(sets=["training"])
+    trainer.evaluate(sets=["training"], batch_size=1)
     device, cpu = trainer.accelerator.device, torch.device("cpu")
     assert sent == ([device, cpu] * 2, [device, cpu] * 2)  # for the tuned images, and for the pretrained ones
 
 
 def test_the_supervised_arm_is_evaluated_too(make_config, lines):
     config = DPOKSFTConfig(
-        **{**dataclasses.asdict(make_config(eval_freq=1, eval_num_images_per_prompt=2)), "sample_num_steps": 2}
+        **{
+            **dataclasses.asdict(make_config(eval_freq=1, eval_num_images_per_prompt=2)),
+            "sample_num_steps": 2,
+            "sft_kl": "kl_o",
+            "sft_gamma": 0.25,
+        }
     )
     trainer = DPOKSFTTrainer(config, red, ["a cat"], stable_diffusion(), eval_prompts=SETS)
     trainer.train()
     (line,) = lines(trainer, "eval/held-out/red/tuned")
     assert line["eval/held-out/kl"] > 0
+    assert stronger_kl(trainer) == "raise sft_gamma (now 0.25)"
+    trainer.config.sft_kl = "none"
+    assert stronger_kl(trainer) == "set sft_kl to 'kl_d' or 'kl_o' (now 'none')"
+
+
+def test_the_advice_is_of_the_kl_that_the_run_has(make_trainer):
+    assert stronger_kl(make_trainer(kl_weight=0.5)) == "raise kl_weight (now 0.5)"
+    assert stronger_kl(make_trainer(target_kl=4.0)) == "lower target_kl (now 4)"
+
+
+PICTURES = 5  # from here on, in what evaluate_two_processes.py keeps of a set
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
@@ -201,16 +217,18 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["alone", "with a group"])
-def test_two_processes_find_what_one_does(ranks, name):
-    (expected, table), *others = (out[name] for out in ranks)
-    for numbers, text in others:
-        assert text == table
-        for where, values in expected.items():
-            for ours, theirs in zip(values, numbers[where], strict=True):
-                if isinstance(ours, dict):
-                    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-                else:
-                    assert torch.equal(ours, theirs)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_find_what_one_does(ranks, name, rank):
+    (expected, table), (found, text) = ranks[0][name], ranks[1 + rank][name]
+    assert text == table
+    for where, values in expected.items():
+        for column, (ours, theirs) in enumerate(zip(values, found[where], strict=True)):
+            if isinstance(ours, dict):
+                assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+            elif column >= PICTURES and rank > 0:
+                assert theirs is None  # they are sent to the main process only
+            else:
+                assert torch.equal(ours, theirs)
     assert (expected["held-out"][2] > 0).all()
 
 
@@ -228,7 +246,7 @@ def test_a_reward_that_fails_in_one_process_stops_both(ranks):
 # --- over-optimisation ------------------------------------------------------------------------------------------------
 
 
-def snapshot(epoch, **scores) -> Snapshot:
+def scored(**scores) -> Evaluation:
     """An evaluation of one prompt and four images a set: `set__reward=[four scores]`."""
     sets = {}
     for name in dict.fromkeys(key.split("__")[0] for key in scores):
@@ -236,24 +254,32 @@ def snapshot(epoch, **scores) -> Snapshot:
             key.split("__")[1]: torch.tensor(value) for key, value in scores.items() if key.split("__")[0] == name
         }
         nothing = torch.zeros(0, 3, 8, 8, dtype=torch.uint8)
-        drawn = Drawn(found, dict.fromkeys(found, 0), None, torch.zeros(4), nothing)
+        drawn = ModelSamples(found, dict.fromkeys(found, 0), None, torch.zeros(4), nothing)
         held_out = tuple(reward for reward in found if reward != "red")
         sets[name] = Comparison(["a"] * 4, [0, 1, 2, 3], 4, None, held_out, [], drawn, drawn)
-    return Snapshot(epoch, 10 * epoch, Evaluation(sets, {}))
+    return Evaluation(sets, {})
+
+
+def snapshot(epoch, **scores) -> Snapshot:
+    return Snapshot.of(scored(**scores), epoch, 10 * epoch)
 
 
 LOW, HIGH = [0.0, 0.1, 0.2, 0.3], [0.5, 0.6, 0.9, 0.8]  # apart by 0.5, 0.5, 0.7 and 0.5
 
 
 def judged(before, after, weights={"red": 1.0}):  # noqa: B006
-    return over_optimisation(snapshot(3, **before), snapshot(9, **after), weights, 0.02)
+    return over_optimisation(snapshot(3, **before), snapshot(9, **after), weights, "raise kl_weight (now 0.02)")
 
 
 def test_a_held_out_reward_that_falls_while_the_trained_one_rises_is_told():
     message = judged({"x__red": LOW, "x__green": HIGH}, {"x__red": HIGH, "x__green": LOW})
     assert "red on x from 0.150 to 0.700 (by 0.550 ± 0.050)" in message
     assert "green on x from 0.700 to 0.150 (by -0.550 ± 0.050)" in message
-    assert "between epoch 3 and epoch 9" in message and "kl_weight (now 0.02)" in message and "step 30" in message
+    assert (
+        "between epoch 3 and epoch 9" in message
+        and "Then raise kl_weight (now 0.02), add" in message
+        and "step 30" in message
+    )
 
 
 def test_held_out_prompts_count_where_there_are_training_prompts():
@@ -284,7 +310,7 @@ def test_both_must_change_by_more_than_their_errors(trained, held_out, weight, f
 
 
 def test_a_run_warns_once_for_each_event(make_trainer, monkeypatch, caplog, lines):
-    good, bad = (snapshot(0, x__red=red, x__green=green).evaluation for red, green in ((LOW, HIGH), (HIGH, LOW)))
+    good, bad = (scored(x__red=red, x__green=green) for red, green in ((LOW, HIGH), (HIGH, LOW)))
     course = [good, good, bad, bad, bad, good, bad, bad, bad]
     expected = [1, 1, 0, 0, 0, 1, 0]  # each against the one two before
     trainer = make_trainer(num_epochs=len(course), eval_reward_function=green, **EVALUATED)
@@ -293,6 +319,8 @@ def test_a_run_warns_once_for_each_event(make_trainer, monkeypatch, caplog, line
     shown = iter(course)
     monkeypatch.setattr(trainer.evaluator, "evaluate", lambda: next(shown))
     trainer.train()
+    kept = [value for one in trainer.evaluator._history for value in vars(one).values()]
+    assert not [value for value in kept if isinstance(value, (Evaluation, Comparison, ModelSamples))]
     assert [line["eval/over_optimisation"] for line in lines(trainer, "eval/over_optimisation")] == expected
     warnings = [record.message for record in caplog.records if "over-optimisation: between" in record.message]
     assert [message[:49] for message in warnings] == [
@@ -343,7 +371,50 @@ def test_evaluate_refuses_what_it_has_not(make_trainer):
 
 
 def test_the_prompts_of_a_function_are_not_known(make_trainer):
-    make_trainer(prompts=random_prompt, eval_prompts={"held-out": ["a cat"]})
+    held_out = {"held-out": ["a cat"]}  # which the function returns now and then
+    trainer = make_trainer(prompts=random_prompt, eval_prompts=held_out)
+    assert trainer.prompts.listed is None and [one.prompts for one in trainer.evaluator.sets] == [("a cat",)]
+    with pytest.raises(ValueError, match="1 of the 1 prompts of the set 'held-out' are trained on"):
+        make_trainer(eval_prompts=held_out)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ({"held-out": ["a fox", "A  cat"]}, "1 of the 2 prompts of the set 'held-out' are trained on: 'A  cat'"),
+        ({"training": ["a fox"]}, "no prompt of the set 'training' is trained on"),
+    ],
+)
+def test_prompts_for_one_evaluation_are_checked_too(make_trainer, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer().evaluate(prompts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"sets": "hold-out"}, ValueError, "no set of prompts 'hold-out'. Did you mean 'held-out'"),
+        ({"num_steps": 0}, ValueError, "num_steps = 0, but an evaluation needs a whole number of at least 1"),
+        ({"batch_size": 0}, ValueError, "batch_size = 0, but"),
+        ({"images_per_prompt": "4"}, ValueError, "images_per_prompt = '4', but"),
+        ({"rewards": red}, TypeError, "no argument 'rewards'. Did you mean 'reward_function'. It takes: prompts, reward_function, sets"),
+        ({"images": 4}, TypeError, "no argument 'images'. Did you mean 'images_per_prompt'"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_told_by_their_names(make_trainer, settings, kind, message):
+    with pytest.raises(kind, match=message):
+        make_trainer(eval_prompts=SETS).evaluate(**settings)
+
+
+def test_one_set_by_its_name(make_trainer):
+    trainer = make_trainer(eval_prompts=SETS, sample_num_steps=2)
+    evaluation = trainer.evaluate(sets="held-out", images_per_prompt=1)
+    assert list(evaluation.sets) == ["held-out"]
+    assert {name: evaluation.about[name] for name in ("model", "epoch", "step")} == {
+        "model": "run",
+        "epoch": 0,
+        "step": 0,
+    }
 
 
 def test_an_evaluation_of_a_tuned_policy_without_training(make_trainer):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from dpok_trl.rewards.combining import RewardSet
+
 
 HELP = "compare a tuned model with the one it was made from: same prompts, same seeds"
 
 DEMO = "demo"
 SETS = {"prompts": "training", "held_out": "held-out", "paraphrased": "paraphrased"}  # option -> name of the set
-PROMPTS = "prompts, files of them (txt, csv, json ...), or names of shipped lists"
+PROMPTS = "prompts, files of them (txt, csv, json ...), names of lists, or ids of datasets"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the base (default: diffusers' own)")
     parser.add_argument("--device", help="such as cuda:1 (default: cuda where there is one, else cpu)")
     parser.add_argument(
-        "--output", type=Path, default=Path("dpok-evaluation"), help="folder for tables, numbers and pictures"
+        "--output", type=Path, default=Path("dpok-evaluation"), help="new folder for tables, numbers and pictures"
     )
 
 
@@ -63,30 +67,28 @@ def _run(args: argparse.Namespace) -> int:
     from dpok_trl.demo import demo_pipeline_path
     from dpok_trl.policy.saved import base_model, find_model
     from dpok_trl.policy.saved_policy import load_policy
-    from dpok_trl.results.evaluation import evaluate
-    from dpok_trl.results.prompt_sets import read_prompt_sets, refuse_training_prompts
+    from dpok_trl.results.drawing import refuse_less_than_one
+    from dpok_trl.results.evaluation import bind_rewards, evaluate
+    from dpok_trl.results.evaluation_files import refuse_other_evaluation
+    from dpok_trl.results.prompt_sets import read_prompt_sets, refuse_wrong_sets
 
     # what needs no model first: to load one may take minutes
+    refuse_less_than_one(**{"--images": args.images, "--steps": args.steps, "--batch-size": args.batch_size})
+    refuse_other_evaluation(args.output)
     sets = prompt_sets(args)
-    refuse_training_prompts(read_prompt_sets(sets), [prompt for prompt, _ in sets.get(SETS["prompts"], [])])
+    refuse_wrong_sets(read_prompt_sets(sets), [prompt for prompt, _ in sets.get(SETS["prompts"], [])])
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    rewards, held_out = (load_rewards(names, device) for names in (args.reward, args.held_out_reward))
-    if not rewards and not held_out:
-        from dpok_trl.rewards.registry import SHIPPED
-
-        raise ValueError(
-            f"no reward was given: give one or more with --reward (trained on) or --held-out-reward. There are: {', '.join(SHIPPED)}; 'module:function' and "
-            "'http://...' work too."
-        )
+    rewards, held_out = load_rewards(args, device)
+    bind_rewards(rewards, held_out, device)
     folder = find_model(args.model)
-    args.base = args.base or base_model(folder)
-    if args.base is None:
+    base = args.base or base_model(folder)
+    if base is None:
         raise ValueError(
             f"neither a model card nor a checkpoint in {folder} says which pipeline this was trained on: give it with --base."
         )
-    print(f"Loading {args.base} and {folder} ...", flush=True)
+    print(f"Loading {base} and {folder} ...", flush=True)
     policy = load_policy(
-        demo_pipeline_path() if args.base == DEMO else args.base,
+        demo_pipeline_path() if base == DEMO else base,
         folder,
         device,
         args.dtype,
@@ -98,15 +100,28 @@ def _run(args: argparse.Namespace) -> int:
     evaluation = evaluate(
         policy,
         sets,
-        rewards or None,
-        held_out_rewards=held_out or None,
+        rewards,
+        held_out_rewards=held_out,
         images_per_prompt=args.images,
         batch_size=args.batch_size,
         seed=args.seed,
         category_column="category",
     )
+    evaluation = replace(evaluation, about=about(args.model, base, folder, evaluation.about))
     print(f"\n{evaluation.table()}\n\nSaved to {evaluation.save(args.output)}.")
     return 0
+
+
+def about(model: str, base: str, folder: Path, others: dict[str, Any]) -> dict[str, Any]:
+    """What was evaluated, by its names, and of a checkpoint how far it had come."""
+    from dpok_trl.policy.saved import STATE_FILE, is_checkpoint_name
+    from dpok_trl.results.provenance import public_word
+
+    found = {"model": public_word(model), "base": public_word(base)}
+    if is_checkpoint_name(folder):
+        state = json.loads((folder / STATE_FILE).read_text())
+        found |= {"checkpoint": folder.name, "epoch": state["epoch"], "step": state["global_step"]}
+    return {**others, **found}
 
 
 # --- what to evaluate on ----------------------------------------------------------------------------------------------
@@ -118,29 +133,38 @@ def prompt_sets(args: argparse.Namespace) -> dict[str, list[tuple[str, dict[str,
     Raises:
         `ValueError` or `FileNotFoundError`: Without any, and for a file that cannot be read.
     """
+    from dpok_trl.prompts.reading import read_prompts
+
     given = {name: getattr(args, option) for option, name in SETS.items() if getattr(args, option)}
     if not given:
         raise ValueError(
             "no prompts were given: give those that were trained on with --prompts, and others with --held-out or --paraphrased."
         )
-    return {name: [pair for item in items for pair in read_prompts(item)] for name, items in given.items()}
+    return {name: read_prompts(items) for name, items in given.items()}
 
 
-def read_prompts(item: str) -> list[tuple[str, dict[str, Any]]]:
-    """What one argument stands for: a prompt, a file of prompts, or a shipped list."""
-    from dpok_trl.prompts import load_prompts
-    from dpok_trl.prompts.datasets import shipped_lists
+def load_rewards(args: argparse.Namespace, device: torch.device) -> tuple[RewardSet | None, RewardSet | None]:
+    """Those that were trained on, and the others.
 
-    path = Path(item).expanduser()
-    if path.is_file() or item in shipped_lists():
-        rows = load_prompts(str(path) if path.is_file() else item)
-        return [(row["prompt"], {name: value for name, value in row.items() if name != "prompt"}) for row in rows]
-    if path.suffix in (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet"):
-        raise FileNotFoundError(f"there is no file {item}.")
-    return [(item, {})]
+    Raises:
+        `ValueError`: Without any, for one that is given twice, and for one that there is not.
+    """
+    from dpok_trl.rewards.combining import RewardSet
+    from dpok_trl.rewards.registry import SHIPPED, load_on_device
 
-
-def load_rewards(names: list[str], device: torch.device) -> list[Callable[..., Any]]:
-    from dpok_trl.rewards.registry import load_on_device
-
-    return [load_on_device(name, None, default=str(device)) for name in names]
+    names = [*args.reward, *args.held_out_reward]
+    if not names:
+        raise ValueError(
+            f"no reward was given: give one or more with --reward (trained on) or --held-out-reward. There are: {', '.join(SHIPPED)}; 'module:function' and "
+            "'http://...' work too."
+        )
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"the reward {twice[0]} is given {names.count(twice[0])} times: give it once, with --reward or --held-out-reward."
+        )
+    trained, held_out = (
+        [load_on_device(name, None, default=str(device)) for name in chosen]
+        for chosen in (args.reward, args.held_out_reward)
+    )
+    return RewardSet(trained) if trained else None, RewardSet(held_out) if held_out else None

@@ -78,6 +78,10 @@ class PromptSource(ABC):
         self._position += count * self.num_processes
         return [prompt for prompt, _ in pairs], [metadata for _, metadata in pairs]
 
+    def pairs(self) -> list[tuple[str, Any]] | None:
+        """All (prompt, metadata) pairs in the order in which they were given; `None` when a function makes them."""
+        return None
+
     @abstractmethod
     def _take(self, first: int, count: int) -> list[tuple[str, Any]]:
         """`count` (prompt, metadata) pairs from the global position `first` on."""
@@ -146,6 +150,9 @@ class _ListedPrompts(PromptSource):
         self._bounds = None if weights is None else _cumulative(weights)
         self.num_prompts = len(prompts)
         self._shuffled: tuple[int, list[int]] = (-1, [])  # (pass, its order), so that one shuffle serves a pass
+
+    def pairs(self) -> list[tuple[str, Any]]:
+        return [(prompt, self._metadata_of(row)) for row, prompt in enumerate(self.listed)]
 
     def _take(self, first: int, count: int) -> list[tuple[str, Any]]:
         rows = [self._row(position) for position in range(first, first + count)]

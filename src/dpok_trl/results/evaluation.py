@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,13 @@ import torch
 
 from dpok_trl.policy.policy import Policy
 from dpok_trl.results import evaluation_files
-from dpok_trl.results.drawing import Drawn, Draws, Features
-from dpok_trl.results.estimates import Estimate, best_of, mean_distance, mean_of, over_prompts
+from dpok_trl.results.drawing import EvaluationSampler, Features, ModelSamples
+from dpok_trl.results.estimates import BestOf, EquivalentN, Estimate, Mean, MeanDistance, equivalent_n, over_prompts
 from dpok_trl.results.prompt_sets import PromptSet, read_prompt_sets
-from dpok_trl.rewards.binding import BoundReward
+from dpok_trl.results.provenance import public_word, versions
+from dpok_trl.rewards.binding import TrainerState
 from dpok_trl.rewards.combining import RewardSet
 from dpok_trl.rewards.diversity import thumbnails
-
-
-ROUNDING = 1e-9  # relative; a score of 1 is reached by images that all score 1
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Comparison:
         categories (`list[str]` of length `n`, *optional*)
         held_out (`tuple[str, ...]`): The rewards that are not trained on.
         shown (`list[int]`): Rows of which there are pictures, evenly spaced.
-        base, tuned ([`Drawn`]): Of the pretrained model and of the tuned policy.
+        base, tuned ([`ModelSamples`]): Of the pretrained model and of the tuned policy.
     """
 
     prompts: list[str]
@@ -47,8 +46,8 @@ class Comparison:
     categories: list[str] | None
     held_out: tuple[str, ...]
     shown: list[int]
-    base: Drawn
-    tuned: Drawn
+    base: ModelSamples
+    tuned: ModelSamples
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -75,20 +74,20 @@ class Comparison:
         return groups
 
     def base_reward(self, name: str, category: str | None = None) -> Estimate:
-        return over_prompts(self.groups(name, category), mean_of(self.base.scores[name]))
+        return over_prompts(self.groups(name, category), Mean(self.base.scores[name]))
 
     def tuned_reward(self, name: str, category: str | None = None) -> Estimate:
-        return over_prompts(self.groups(name, category), mean_of(self.tuned.scores[name]))
+        return over_prompts(self.groups(name, category), Mean(self.tuned.scores[name]))
 
     def difference(self, name: str, category: str | None = None) -> Estimate:
         """Tuned minus pretrained, image by image: both drew from the same seeds."""
         change = self.tuned.scores[name].double() - self.base.scores[name].double()
-        return over_prompts(self.groups(name, category), mean_of(change))
+        return over_prompts(self.groups(name, category), Mean(change))
 
     @cached_property
     def kl(self) -> Estimate:
         """The path KL, in nats."""
-        return over_prompts(self.groups(), mean_of(self.tuned.path_kl))
+        return over_prompts(self.groups(), Mean(self.tuned.path_kl))
 
     @property
     def has_diversity(self) -> bool:
@@ -106,31 +105,22 @@ class Comparison:
                 if self.images_per_prompt < 2
                 else "diversity compares still pictures, and these are videos."
             )
-        base, tuned = mean_distance(self.base.features), mean_distance(self.tuned.features)
-        statistics = (base, tuned, lambda rows: tuned(rows) - base(rows))
-        return tuple(over_prompts(self.groups(), statistic, smallest=2) for statistic in statistics)
+        base, tuned = MeanDistance(self.base.features), MeanDistance(self.tuned.features)
+        return tuple(over_prompts(self.groups(), statistic) for statistic in (base, tuned, tuned - base))
 
     def best_of(self, name: str, n: int) -> Estimate:
         """The pretrained model's best image of `n`, by this reward: the mean over prompts of an unbiased estimate of E[max]. It costs `n` images and no
         training."""
-        return over_prompts(self.groups(name), best_of(self.base.scores[name], n), smallest=n)
+        return over_prompts(self.groups(name), BestOf(self.base.scores[name], n))
 
-    def most_of(self, name: str) -> int:
+    def largest_n(self, name: str) -> int:
         """The largest `n` that [`~Comparison.best_of`] can be asked for, for all prompts that have an image."""
         return min((len(rows) for rows in self.groups(name) if rows), default=0)
 
-    def equivalent_n(self, name: str) -> int | None:
-        """The smallest `n` whose best-of-n of the pretrained model reaches the tuned mean; `None` if even the largest does not, or there is none."""
-        tuned, groups, most = (
-            self.tuned_reward(name).mean,
-            [rows for rows in self.groups(name) if rows],
-            self.most_of(name),
-        )
-        for n in range(1, most + 1):
-            statistic = best_of(self.base.scores[name], n)
-            if math.fsum(map(statistic, groups)) / len(groups) >= tuned - ROUNDING * abs(tuned):
-                return n
-        return None
+    def equivalent_n(self, name: str) -> EquivalentN:
+        """Of how many images of the pretrained model the best is as good as one of the tuned model; with the range that the standard error leaves."""
+        groups, tuned, base = self.groups(name), Mean(self.tuned.scores[name]), self.base.scores[name]
+        return equivalent_n(lambda n: over_prompts(groups, tuned - BestOf(base, n)), self.largest_n(name))
 
 
 @dataclass(frozen=True)
@@ -140,10 +130,12 @@ class Evaluation:
     Args:
         sets (`dict[str, Comparison]`): By the names of the sets of prompts.
         call (`dict`): Arguments of the pipeline's call.
+        about (`dict`): What was evaluated: of `model`, `base`, `checkpoint`, `epoch`, `step`, `date` and `versions` those that are known. Of paths only their names.
     """
 
     sets: dict[str, Comparison]
     call: dict[str, Any]
+    about: dict[str, Any] = field(default_factory=dict)
 
     def table(self) -> str:
         """Every set, reward and category: pretrained, tuned and paired difference, as aligned text that is Markdown as well."""
@@ -174,19 +166,62 @@ class Evaluation:
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def compared(
-    draws: Draws, prompts: PromptSet, base: Drawn, tuned: Drawn, held_out: Sequence[str], category_column: str | None
+def compare_models(
+    sampler: EvaluationSampler,
+    sets: Sequence[PromptSet],
+    held_out: Sequence[str],
+    category_column: str | None,
+    *,
+    base: dict[str, ModelSamples] | None = None,
+    state: TrainerState | None = None,
+    **about: Any,
+) -> Evaluation:
+    """Samples every set from both models.
+
+    Args:
+        sampler ([`EvaluationSampler`])
+        sets (`Sequence[PromptSet]`)
+        held_out (`Sequence[str]`): Names of rewards.
+        category_column (`str`, *optional*)
+        base (`dict[str, ModelSamples]`, *optional*): What the pretrained model has drawn already, by the names of the sets; what it draws now is added.
+        state ([`TrainerState`], *optional*): For rewards.
+        about: What is known of the model; see [`Evaluation`].
+    """
+    base = {} if base is None else base
+    found = {}
+    for one in sets:
+        tuned = sampler.sample(one, pretrained=False, state=state)
+        if one.name not in base:
+            base[one.name] = sampler.sample(one, pretrained=True, state=state)
+        found[one.name] = _side_by_side(sampler, one, base[one.name], tuned, held_out, category_column)
+    about = {
+        "base": sampler.policy.pipe.config.get("_name_or_path"),
+        **about,
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
+        "versions": versions(),
+    }
+    about |= {name: public_word(str(about[name])) for name in ("model", "base") if about.get(name) is not None}
+    known = {name: value for name, value in about.items() if value is not None}
+    return Evaluation(found, dict(sampler.policy.call_kwargs), known)
+
+
+def _side_by_side(
+    sampler: EvaluationSampler,
+    prompts: PromptSet,
+    base: ModelSamples,
+    tuned: ModelSamples,
+    held_out: Sequence[str],
+    category_column: str | None,
 ) -> Comparison:
-    """The two draws of a set, side by side."""
-    each = draws.images_per_prompt
+    each = sampler.images_per_prompt
     categories = prompts.categories(category_column)
     return Comparison(
         prompts=[prompt for prompt in prompts.prompts for _ in range(each)],
-        seeds=draws.seeds(prompts),
+        seeds=sampler.seeds(prompts),
         images_per_prompt=each,
         categories=None if categories is None else [category for category in categories for _ in range(each)],
         held_out=tuple(held_out),
-        shown=draws.shown(prompts),
+        shown=sampler.shown(prompts),
         base=base,
         tuned=tuned,
     )
@@ -208,11 +243,12 @@ def evaluate(
     """Draws every prompt from the tuned policy and from the pretrained model, with the same seeds and noise, and lets rewards judge both.
 
     Args:
-        policy ([`Policy`]): The raw policy, not a wrapped one. `policy.with_call(num_inference_steps=50)` evaluates at other steps than were trained with.
+        policy ([`Policy`]): `trainer.policy`, or made of a pipeline: `Policy(load_tuned("me/rabbit-lora"), call_kwargs={"num_inference_steps": 50})`. The raw
+            policy, not a wrapped one. `policy.with_call(num_inference_steps=50)` evaluates at other steps than were trained with.
         prompts: A list of prompts (strings, or pairs with metadata), a `datasets.Dataset` with a "prompt" column, or a dict from names of sets to them:
             `{"training": [...], "held-out": [...], "paraphrased": [...]}`.
         rewards, held_out_rewards: Those that were trained on, and others: in any form that the trainer takes (a function, a name, an address, a list, a
-            dict from names).
+            dict from names, a [`~dpok_trl.rewards.combining.RewardSet`]).
         images_per_prompt (`int`): With one, there is no diversity.
         batch_size (`int`): Images drawn at a time.
         seed (`int`): Image `i` of a set is drawn from seed `seed + i`.
@@ -227,41 +263,39 @@ def evaluate(
         `ValueError` or `TypeError`: For prompts and rewards that cannot be used; the message says why.
         [`RewardError`]: If a reward fails in another way than by a number that is not finite. Those are counted and left out.
     """
+    if not isinstance(policy, Policy):
+        raise TypeError(
+            f"evaluate() needs a Policy, and this is a {type(policy).__name__}. A trainer has one, trainer.policy; of a pipeline with its adapter make one: "
+            "Policy(pipe, call_kwargs={'num_inference_steps': 50})."
+        )
     sets = read_prompt_sets(prompts)
-    bound, held_out = bind_rewards(rewards, held_out_rewards, policy.pipe.device)
-    draws = Draws(
+    reward_sets, held_out = bind_rewards(rewards, held_out_rewards, policy.pipe.device)
+    sampler = EvaluationSampler(
         policy,
-        bound,
+        reward_sets,
         images_per_prompt=images_per_prompt,
         batch_size=batch_size,
         seed=seed,
         call_columns=call_columns,
         features=features,
     )
-    found = {}
-    for one in sets:
-        tuned = draws.draw(one, pretrained=False)
-        base = draws.draw(one, pretrained=True)
-        found[one.name] = compared(draws, one, base, tuned, held_out, category_column)
-    return Evaluation(found, dict(policy.call_kwargs))
+    return compare_models(sampler, sets, held_out, category_column)
 
 
-def bind_rewards(
-    rewards: Any, held_out_rewards: Any, device: torch.device | str
-) -> tuple[list[BoundReward], list[str]]:
-    """All rewards of an evaluation, and the names of the held-out ones.
+def bind_rewards(rewards: Any, held_out_rewards: Any, device: torch.device | str) -> tuple[list[RewardSet], list[str]]:
+    """The sets of rewards of an evaluation, and the names of the held-out ones.
 
     Raises:
         `ValueError`: If a reward is among both.
     """
-    sets = [
-        None if given is None else given if isinstance(given, RewardSet) else RewardSet(given, device=device)
+    trained, held_out = (
+        given if given is None or isinstance(given, RewardSet) else RewardSet(given, device=device)
         for given in (rewards, held_out_rewards)
-    ]
-    trained, held_out = ([] if one is None else one.rewards for one in sets)
-    both = sorted({one.name for one in trained} & {one.name for one in held_out})
+    )
+    names = [] if held_out is None else held_out.names
+    both = sorted(set(names) & set([] if trained is None else trained.names))
     if both:
         raise ValueError(
             f"{', '.join(both)} is trained on and among the held-out rewards too. A reward of another kind gets another name by a dict: {{'name': reward}}."
         )
-    return [*trained, *held_out], [one.name for one in held_out]
+    return [one for one in (trained, held_out) if one is not None], names

@@ -17,10 +17,11 @@ from dpok_trl.results.runlog import format_reward
 
 
 if TYPE_CHECKING:  # it imports this module
-    from dpok_trl.results.drawing import Drawn
+    from dpok_trl.results.drawing import ModelSamples
     from dpok_trl.results.evaluation import Comparison, Evaluation
 
 
+SHOWN_N = (2, 4, 16, 64, 256)  # of the best of n, in the table
 TABLE_FILE, JSON_FILE, GRID_FILE = "evaluation.md", "evaluation.json", "grid.png"
 SAMPLES_FOLDER, SAMPLES = "samples", 4  # pictures of each set that are kept one by one too: a gallery shows no grids
 
@@ -66,24 +67,15 @@ def score_rows(name: str, comparison: Comparison) -> list[list[str]]:
 
 def best_of_rows(comparison: Comparison) -> list[list[str]]:
     """The free baseline: the pretrained model's best of n images, by each reward. Empty with one image per prompt, or without rewards."""
-    numbers = powers_of_two(max(map(comparison.most_of, comparison.rewards), default=0))
+    largest = max(map(comparison.largest_n, comparison.rewards), default=0)
+    numbers = [n for n in SHOWN_N if n <= largest]
     if not numbers:
         return []
-    rows = [["pretrained, best of", *map(str, numbers), "tuned", "equal to"]]
+    rows = [["pretrained, best of n", "tuned", "equal to", *(f"n = {n}" for n in numbers)]]
     for reward in comparison.rewards:
-        cells = [str(comparison.best_of(reward, n)) if n <= comparison.most_of(reward) else "–" for n in numbers]
-        rows.append([reward, *cells, str(comparison.tuned_reward(reward)), equivalent(comparison, reward)])
+        cells = [str(comparison.best_of(reward, n)) if n <= comparison.largest_n(reward) else "–" for n in numbers]
+        rows.append([reward, str(comparison.tuned_reward(reward)), str(comparison.equivalent_n(reward)), *cells])
     return rows
-
-
-def equivalent(comparison: Comparison, reward: str) -> str:
-    """How many images of the pretrained model the tuned one is worth, in words."""
-    most, n = comparison.most_of(reward), comparison.equivalent_n(reward)
-    if most == 0:
-        return "–"
-    if n is None:
-        return f"more than the best of {most}"
-    return "no more than one image" if n == 1 else f"the best of {n}"
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -118,9 +110,23 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def powers_of_two(most: int) -> list[int]:
-    """2, 4, 8 ... up to `most`."""
-    return [2**power for power in range(1, max(most, 1).bit_length())]
+def about_rows(evaluation: Evaluation) -> list[list[str]]:
+    """What was evaluated, on what and with what; header first."""
+    about, call = evaluation.about, dict(evaluation.call)
+    model = about.get("model", "a policy")
+    where = [f"{name} {about[name]}" for name in ("epoch", "step") if name in about]
+    rows = [["model", ", ".join([model, *([about["checkpoint"]] if "checkpoint" in about else []), *where])]]
+    if "base" in about:
+        rows.append(["compared with", about["base"]])
+    seeds = [f"{name} {min(one.seeds)}–{max(one.seeds)}" for name, one in evaluation.sets.items()]
+    rows.append(["seeds", ", ".join(seeds)])
+    rows += [[name, str(value)] for name, value in call.items()]
+    if "date" in about:
+        rows.append(["date", about["date"]])
+    if "versions" in about:
+        rows.append(["versions", ", ".join(f"{name} {version}" for name, version in about["versions"].items())])
+    cells = [[name, value.replace("|", "\\|").replace("\n", " ")] for name, value in rows]
+    return [["evaluated", ""], *cells]
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -129,7 +135,7 @@ def powers_of_two(most: int) -> list[int]:
 def as_dict(evaluation: Evaluation) -> dict[str, Any]:
     """Everything but the pictures. What is not finite is `None`: JSON has no NaN, and 0 it is not."""
     sets = {name: _set_as_dict(name, comparison) for name, comparison in evaluation.sets.items()}
-    return {"call": evaluation.call, "sets": sets}
+    return {"about": evaluation.about, "call": evaluation.call, "sets": sets}
 
 
 def _set_as_dict(name: str, comparison: Comparison) -> dict[str, Any]:
@@ -140,9 +146,9 @@ def _set_as_dict(name: str, comparison: Comparison) -> dict[str, Any]:
             **_parts(comparison, reward, None),
             "categories": {category: _parts(comparison, reward, category) for category in comparison.category_names},
             "best_of": {
-                str(n): _estimate(comparison.best_of(reward, n)) for n in powers_of_two(comparison.most_of(reward))
+                str(n): _estimate(comparison.best_of(reward, n)) for n in SHOWN_N if n <= comparison.largest_n(reward)
             },
-            "equivalent_n": comparison.equivalent_n(reward),
+            "equivalent_n": comparison.equivalent_n(reward).to_dict(),
             "nonfinite": {"base": comparison.base.failed[reward], "tuned": comparison.tuned.failed[reward]},
             "base_values": _values(comparison.base.scores[reward]),
             "tuned_values": _values(comparison.tuned.scores[reward]),
@@ -210,7 +216,7 @@ def set_grid(name: str, comparison: Comparison) -> Image.Image:
 
 
 def score_change(comparison: Comparison, reward: str, row: int) -> str:
-    def one(drawn: Drawn) -> str:
+    def one(drawn: ModelSamples) -> str:
         value = drawn.scores[reward][row].item()
         return "–" if math.isnan(value) else format_reward(value)
 
@@ -232,11 +238,31 @@ def _sample_file(name: str, row: int) -> str:
     return f"{SAMPLES_FOLDER}/{name}-{row:04d}.png"
 
 
+def refuse_other_evaluation(folder: Path) -> None:
+    """Raises `FileExistsError` for a folder that an evaluation is in already, or something in its place."""
+    there = [name for name in (TABLE_FILE, JSON_FILE, GRID_FILE, SAMPLES_FOLDER) if (folder / name).exists()]
+    if there:
+        raise FileExistsError(
+            f"{folder} holds another evaluation ({', '.join(there)}). Give a new folder with --output, or remove that one."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file. Give a folder with --output.")
+
+
 def save(evaluation: Evaluation, folder: str | Path) -> Path:
-    """Writes `evaluation.md`, `evaluation.json`, `grid.png`, and some pictures of the tuned model as `samples/*.png`. Returns the folder."""
+    """Writes `evaluation.md`, `evaluation.json`, `grid.png`, and some pictures of the tuned model as `samples/*.png`. Returns the folder.
+
+    Raises:
+        `RuntimeError`: On a process that has no pictures.
+    """
+    if any(comparison.tuned.pictures is None for comparison in evaluation.sets.values()):
+        raise RuntimeError(
+            "the pictures of an evaluation are on the main process only: save it there (`if trainer.accelerator.is_main_process:`)."
+        )
     folder = Path(folder)
     (folder / SAMPLES_FOLDER).mkdir(parents=True, exist_ok=True)
-    (folder / TABLE_FILE).write_text(f"# Tuned against pretrained\n\n{tables(evaluation)}\n", encoding="utf-8")
+    text = "\n\n".join(["# Tuned against pretrained", aligned(about_rows(evaluation)), tables(evaluation)])
+    (folder / TABLE_FILE).write_text(f"{text}\n", encoding="utf-8")
     content = json.dumps(as_dict(evaluation), indent=1, default=str, allow_nan=False)
     (folder / JSON_FILE).write_text(content, encoding="utf-8")
     evaluation_grid(evaluation).save(folder / GRID_FILE)

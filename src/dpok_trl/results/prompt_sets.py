@@ -65,34 +65,13 @@ def read_prompt_sets(given: Any) -> list[PromptSet]:
     return [_read(name, prompts) for name, prompts in sets.items()]
 
 
-def prompts_of(prompt_function: Any) -> list[str] | None:
-    """The prompts that a trainer's `prompt_function` goes over; `None` for a function, which tells none of them."""
-    if prompt_source(prompt_function).num_prompts is None:
-        return None
-    if isinstance(prompt_function, str):
-        return [prompt_function]
-    if isinstance(prompt_function, Sequence):
-        return [item if isinstance(item, str) else item[0] for item in prompt_function]
-    return list(prompt_function.select_columns("prompt")["prompt"])  # other columns may hold pictures, slow to decode
-
-
-def _pairs(given: Any) -> list[tuple[str, Any]] | None:
-    if prompt_source(given).num_prompts is None:  # raises for what is no prompts at all
-        return None
-    if isinstance(given, str):
-        return [(given, {})]
-    if isinstance(given, Sequence):
-        return [(item, {}) if isinstance(item, str) else (item[0], item[1]) for item in given]
-    return [(row["prompt"], {name: value for name, value in row.items() if name != "prompt"}) for row in given]
-
-
 def _read(name: Any, given: Any) -> PromptSet:
     if not isinstance(name, str) or not re.fullmatch(r"[\w .+-]+", name):
         raise ValueError(
             f"{name!r} cannot be the name of a set of prompts: it is part of the names of metrics. Use letters, digits and - _ . + only."
         )
     try:
-        pairs = _pairs(given)
+        pairs = prompt_source(given).pairs()
     except (TypeError, ValueError) as error:
         raise type(error)(f"the prompts of the set '{name}': {error}") from error
     if pairs is None:
@@ -111,16 +90,27 @@ def _read(name: Any, given: Any) -> PromptSet:
     return PromptSet(name, tuple(prompt for prompt, _ in pairs), tuple(metadata for _, metadata in pairs))
 
 
-def refuse_training_prompts(sets: Sequence[PromptSet], training: Sequence[str]) -> None:
-    """Raises `ValueError` where prompts of the set "held-out" are among those that are trained on."""
-    known = set(training)
+def refuse_wrong_sets(sets: Sequence[PromptSet], training: Sequence[str]) -> None:
+    """Raises `ValueError` where prompts of the set "held-out" are among those that are trained on, and where none of the set "training" is. Blanks and capital
+    letters make no other prompt."""
+    known = set(map(_bare, training))
     for one in sets:
-        if re.sub(r"[\W_]", "", one.name).lower() != "heldout":
-            continue
-        both = [prompt for prompt in one.prompts if prompt in known]
-        if both:
-            named = ", ".join(map(repr, both[:3])) + (" ..." if len(both) > 3 else "")
+        both = [prompt for prompt in one.prompts if _bare(prompt) in known]
+        if re.sub(r"[\W_]", "", one.name).lower() == "heldout" and both:
             raise ValueError(
-                f"{len(both)} of the {len(one)} prompts of the set '{one.name}' are trained on: {named}. Take them out, or give the set another name, such as "
-                f"'{TRAINING}'."
+                f"{len(both)} of the {len(one)} prompts of the set '{one.name}' are trained on: {_some(both)}. Take them out, or give the set another name, "
+                f"such as '{TRAINING}'."
             )
+        if one.name == TRAINING and not both:
+            raise ValueError(
+                f"no prompt of the set '{TRAINING}' is trained on: it holds {_some(one.prompts)}, and the training {_some(training)}. Give the set another name, "
+                "or prompts of the training."
+            )
+
+
+def _bare(prompt: str) -> str:
+    return " ".join(prompt.split()).casefold()
+
+
+def _some(prompts: Sequence[str]) -> str:
+    return ", ".join(map(repr, prompts[:3])) + (" ..." if len(prompts) > 3 else "")

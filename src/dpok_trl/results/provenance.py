@@ -69,11 +69,11 @@ def command_line(arguments: Sequence[str] | None = None) -> str | None:
         option, equals, value = word.partition("=")
         if not word.startswith("--"):
             if not _left_out(before):
-                shown.append("***" if SECRET.search(before) else _public(word))
+                shown.append("***" if SECRET.search(before) else public_word(word))
             before = ""
             continue
         if not _left_out(option):
-            shown.append(f"{option}={'***' if SECRET.search(option) else _public(value)}" if equals else option)
+            shown.append(f"{option}={'***' if SECRET.search(option) else public_word(value)}" if equals else option)
         before = "" if equals else option
     return " ".join("***" if word == "***" else shlex.quote(word) for word in shown)
 
@@ -94,7 +94,7 @@ def _left_out(option: str) -> bool:
     return option.removeprefix("--").replace("-", "_") in PRIVATE_SETTINGS
 
 
-def _public(word: str) -> str:
+def public_word(word: str) -> str:
     """An argument as everybody may see it."""
     scheme, separator, _ = word.partition("://")
     if separator:

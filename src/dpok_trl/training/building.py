@@ -14,6 +14,7 @@ from peft import LoraConfig
 
 from dpok_trl.policy.hooks import PipelineHooks
 from dpok_trl.policy.policy import Policy
+from dpok_trl.policy.saved_policy import NOISE
 from dpok_trl.policy.tuning import tune
 from dpok_trl.rewards.combining import RewardSet
 from dpok_trl.training.config import DPOKConfig
@@ -65,13 +66,9 @@ def build_policy(
         pipe,
         tuned,
         call_kwargs=_call_kwargs(config, pipe),
-        kind=config.sample_transition,
-        eta=config.sample_eta,
-        noise_level=config.sample_noise_level,
-        min_std=config.sample_min_std,
         log_prob_reduction=config.train_log_prob_reduction,
-        fp32_latents=config.sample_fp32_latents,
         hooks=hooks,
+        **{argument: getattr(config, setting) for argument, setting in NOISE.items()},
     )
 
 

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from dpok_trl.results.drawing import Drawn, Draws, Part
-from dpok_trl.results.evaluation import Evaluation, bind_rewards, compared
+from dpok_trl.results.drawing import EvaluationSampler, ModelSamples, SampledRows, refuse_less_than_one
+from dpok_trl.results.evaluation import Evaluation, bind_rewards, compare_models
 from dpok_trl.results.evaluation_files import evaluation_grid
-from dpok_trl.results.prompt_sets import PromptSet, prompts_of, read_prompt_sets, refuse_training_prompts
+from dpok_trl.results.prompt_sets import PromptSet, read_prompt_sets, refuse_wrong_sets
 from dpok_trl.results.trackers import log_images_to
 from dpok_trl.rewards.binding import BoundReward, TrainerState
 from dpok_trl.rewards.combining import RewardSet
 from dpok_trl.rewards.wrappers import Standardized
 from dpok_trl.training.building import on_the_device
-from dpok_trl.training.overoptimisation import WINDOW, Snapshot, over_optimisation
+from dpok_trl.training.overoptimisation import WINDOW, Snapshot, over_optimisation, stronger_kl
 from dpok_trl.training.processes import together
 from dpok_trl.training.tracking import report
 
@@ -46,7 +50,6 @@ class Evaluator:
 
     Args:
         trainer ([`DPOKTrainer`])
-        prompt_function: What is trained on.
         eval_prompts: See [`DPOKTrainer`]; `None` without evaluations while training.
         eval_reward_function: Held-out rewards; likewise.
 
@@ -54,9 +57,7 @@ class Evaluator:
         `ValueError` or `TypeError`: For prompts and rewards that cannot be used, and for `eval_freq` without prompts.
     """
 
-    def __init__(
-        self, trainer: DPOKTrainer, prompt_function: Any, eval_prompts: Any = None, eval_reward_function: Any = None
-    ):
+    def __init__(self, trainer: DPOKTrainer, eval_prompts: Any = None, eval_reward_function: Any = None):
         self.trainer = trainer
         config = trainer.config
         if config.eval_freq and eval_prompts is None:
@@ -64,16 +65,13 @@ class Evaluator:
                 f"eval_freq = {config.eval_freq} asks for evaluations while training, and there are no prompts for them. Give the trainer eval_prompts, such as "
                 "{'training': [...], 'held-out': [...]}, or set eval_freq = 0."
             )
-        self.sets = [] if eval_prompts is None else read_prompt_sets(eval_prompts)
-        trained_on = prompts_of(prompt_function)
-        if trained_on is not None:
-            refuse_training_prompts(self.sets, trained_on)
+        self.sets = [] if eval_prompts is None else self._read(eval_prompts)
         self.held_out = None if eval_reward_function is None else self._held_out_rewards(eval_reward_function)
         if config.eval_freq:
-            bound, _ = bind_rewards(trainer.rewards, self.held_out, trainer.accelerator.device)
-            refuse_running_statistics(bound)
+            reward_sets, _ = bind_rewards(trainer.rewards, self.held_out, trainer.accelerator.device)
+            refuse_running_statistics(reward_sets)
         self._policies: dict[int | None, Any] = {None: trainer.policy}  # by number of steps
-        self._base: dict[str, Drawn] = {}
+        self._base: dict[str, ModelSamples] = {}
         self._base_rewards: RewardSet | None = None  # those that judged it
         self._history: deque[Snapshot] = deque(maxlen=WINDOW)
         self._warned = False
@@ -101,11 +99,11 @@ class Evaluator:
     def _over_optimisation(self, evaluation: Evaluation, epoch: int) -> dict[str, float]:
         """Whether the training reward rises at the expense of others, once there are enough evaluations to tell."""
         trainer = self.trainer
-        self._history.append(Snapshot(epoch, trainer.global_step, evaluation))
+        self._history.append(Snapshot.of(evaluation, epoch, trainer.global_step))
         if len(self._history) < WINDOW:
             return {}
         weights = dict(zip(trainer.rewards.names, trainer.rewards.weights.tolist(), strict=True))
-        found = over_optimisation(self._history[0], self._history[-1], weights, trainer.kl_weight)
+        found = over_optimisation(self._history[0], self._history[-1], weights, stronger_kl(trainer))
         if found is not None and not self._warned and trainer.accelerator.is_main_process:
             logger.warning("%s", found)
         self._warned = found is not None  # once for each event: again only after it was over
@@ -118,41 +116,52 @@ class Evaluator:
         prompts: Any = None,
         reward_function: Any = None,
         *,
-        sets: Sequence[str] | None = None,
+        sets: str | Sequence[str] | None = None,
         images_per_prompt: int | None = None,
         num_steps: int | None = None,
         batch_size: int | None = None,
         seed: int = 0,
+        **unknown: Any,
     ) -> Evaluation:
         """See [`DPOKTrainer.evaluate`]."""
+        refuse_unknown(unknown)
+        refuse_less_than_one(images_per_prompt=images_per_prompt, num_steps=num_steps, batch_size=batch_size)
         config, given = self.trainer.config, (prompts, reward_function, images_per_prompt, num_steps, batch_size)
         chosen = self._chosen(prompts, sets)
         held_out = self.held_out if reward_function is None else self._held_out_rewards(reward_function)
-        bound, held_out_names = bind_rewards(self.trainer.rewards, held_out, self.trainer.accelerator.device)
-        refuse_running_statistics(bound)
-        draws = self._draws(
-            bound,
-            held_out,
+        reward_sets, held_out_names = bind_rewards(self.trainer.rewards, held_out, self.trainer.accelerator.device)
+        refuse_running_statistics(reward_sets)
+        sampler = self._sampler(
+            reward_sets,
             num_steps=config.eval_num_steps if num_steps is None else num_steps,
             images_per_prompt=config.eval_num_images_per_prompt if images_per_prompt is None else images_per_prompt,
             batch_size=batch_size or config.eval_batch_size or config.sample_batch_size,
             seed=seed,
         )
         base = self._kept_base() if seed == 0 and all(one is None for one in given) else {}
-        found = {}
+        state = TrainerState(self.trainer.first_epoch, self.trainer.global_step)
         with random_states_kept(self.trainer.accelerator.device):
-            state = TrainerState(self.trainer.first_epoch, self.trainer.global_step)
-            for one in chosen:
-                tuned = draws.draw(one, pretrained=False, state=state)
-                if one.name not in base:
-                    base[one.name] = draws.draw(one, pretrained=True, state=state)
-                found[one.name] = compared(
-                    draws, one, base[one.name], tuned, held_out_names, config.sample_category_column
-                )
-        return Evaluation(found, dict(draws.policy.call_kwargs))
+            return compare_models(
+                sampler,
+                chosen,
+                held_out_names,
+                config.sample_category_column,
+                base=base,
+                state=state,
+                model=self.trainer.output_dir.resolve().name,
+                epoch=state.epoch,
+                step=state.global_step,
+            )
 
-    def _chosen(self, prompts: Any, sets: Sequence[str] | None) -> list[PromptSet]:
-        available = self.sets if prompts is None else read_prompt_sets(prompts)
+    def _read(self, prompts: Any) -> list[PromptSet]:
+        sets = read_prompt_sets(prompts)
+        if self.trainer.prompts.listed is not None:  # a function does not tell what it returns
+            refuse_wrong_sets(sets, self.trainer.prompts.listed)
+        return sets
+
+    def _chosen(self, prompts: Any, sets: str | Sequence[str] | None) -> list[PromptSet]:
+        sets = [sets] if isinstance(sets, str) else sets
+        available = self.sets if prompts is None else self._read(prompts)
         if not available:
             raise ValueError(
                 "there are no prompts to evaluate on: give `evaluate` some, or the trainer eval_prompts, such as {'training': [...], 'held-out': [...]}."
@@ -165,7 +174,7 @@ class Evaluator:
                 raise ValueError(f"there is no set of prompts '{name}'.{hint} There are: {', '.join(names)}.")
         return [one for one in available if sets is None or one.name in sets]
 
-    def _kept_base(self) -> dict[str, Drawn]:
+    def _kept_base(self) -> dict[str, ModelSamples]:
         if self._base_rewards is not self.trainer.rewards:  # `reward_fn` was set
             self._base, self._base_rewards = {}, self.trainer.rewards
         return self._base
@@ -176,27 +185,20 @@ class Evaluator:
             rewards.to("cpu")
         return rewards
 
-    def _draws(
-        self, bound: Sequence[BoundReward], held_out: RewardSet | None, num_steps: int | None, **settings: Any
-    ) -> Draws:
+    def _sampler(self, reward_sets: Sequence[RewardSet], num_steps: int | None, **settings: Any) -> EvaluationSampler:
         trainer, accelerator = self.trainer, self.trainer.accelerator
         if num_steps not in self._policies:
             self._policies[num_steps] = trainer.policy.with_call(num_inference_steps=num_steps)
 
-        def work_of_all(work: Callable[[], list[Part]]) -> list[Part]:
+        def work_of_all(work: Callable[[], list[SampledRows]]) -> list[SampledRows]:
             return on_all_processes(accelerator, work)
 
-        @contextmanager
-        def scoring() -> Iterator[None]:
-            with ExitStack() as stack:
-                for rewards in (trainer.rewards, held_out) if trainer.config.reward_offload else ():
-                    if rewards is not None:
-                        stack.enter_context(on_the_device(rewards, accelerator.device))
-                yield
+        def scoring(rewards: RewardSet) -> AbstractContextManager:
+            return on_the_device(rewards, accelerator.device) if trainer.config.reward_offload else nullcontext()
 
-        return Draws(
+        return EvaluationSampler(
             self._policies[num_steps],
-            bound,
+            reward_sets,
             call_columns=trainer.config.sample_call_columns or (),
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
@@ -207,9 +209,18 @@ class Evaluator:
         )
 
 
-def refuse_running_statistics(rewards: Sequence[BoundReward]) -> None:
+def refuse_unknown(given: Mapping[str, Any]) -> None:
+    """Raises `TypeError` for arguments that [`DPOKTrainer.evaluate`] does not have."""
+    known = [name for name in inspect.signature(Evaluator.evaluate).parameters if name not in ("self", "unknown")]
+    for name in given:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise TypeError(f"evaluate() of the trainer has no argument '{name}'.{hint} It takes: {', '.join(known)}.")
+
+
+def refuse_running_statistics(reward_sets: Sequence[RewardSet]) -> None:
     """Raises `ValueError` for rewards that an evaluation would change: the training would be another one."""
-    for reward in rewards:
+    for reward in (reward for rewards in reward_sets for reward in rewards.rewards):
         function = reward.function
         while function is not None:
             if isinstance(function, Standardized) and function.running:
@@ -221,15 +232,22 @@ def refuse_running_statistics(rewards: Sequence[BoundReward]) -> None:
             function = inner.function if isinstance(inner, BoundReward) else None
 
 
-def on_all_processes(accelerator: Accelerator, work: Callable[[], list[Any]]) -> list[Any]:
-    """Runs `work` on every process, and returns what all of them returned, process after process.
+def on_all_processes(accelerator: Accelerator, work: Callable[[], list[SampledRows]]) -> list[SampledRows]:
+    """Runs `work` on every process, and returns what all of them returned, process after process; the pictures on the main process only.
 
     Raises:
         Whatever it raises; on the other processes [`RewardError`] or `RuntimeError` with the same message. They must hear of it, or they would wait for ever.
     """
     with together(accelerator):
         made = work()
-    return gather_object(made)
+    if accelerator.num_processes == 1:
+        return made
+    parts = gather_object([replace(part, pictures={}) for part in made])
+    pictures = [None] * accelerator.num_processes if accelerator.is_main_process else None
+    torch.distributed.gather_object([part.pictures for part in made], pictures)
+    if pictures is None:
+        return parts
+    return [replace(part, pictures=shown) for part, shown in zip(parts, chain(*pictures), strict=True)]
 
 
 @contextmanager

@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from dpok_trl.results.estimates import Estimate, mean_of, over_prompts
-from dpok_trl.results.evaluation import Comparison, Evaluation
+from dpok_trl.results.estimates import Estimate, Mean, over_prompts
+from dpok_trl.results.evaluation import Evaluation
 from dpok_trl.results.prompt_sets import TRAINING
+from dpok_trl.training.sft_config import DPOKSFTConfig
+
+
+if TYPE_CHECKING:
+    from dpok_trl.training.trainer import DPOKTrainer
 
 
 WINDOW = 3  # evaluations; what happened between the first and the last of them counts
@@ -18,11 +24,25 @@ WINDOW = 3  # evaluations; what happened between the first and the last of them 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """An evaluation and when it took place."""
+    """What the tuned model scored in an evaluation, and when that took place.
+
+    Args:
+        epoch, global_step (`int`)
+        groups (`dict[str, list[list[int]]]`): By set, the rows of each prompt.
+        scores (`dict[str, dict[str, torch.Tensor]]`): By set and reward, of each row; not finite where there is no reward.
+    """
 
     epoch: int
     global_step: int
-    evaluation: Evaluation
+    groups: dict[str, list[list[int]]]
+    scores: dict[str, dict[str, torch.Tensor]]
+
+    @classmethod
+    def of(cls, evaluation: Evaluation, epoch: int, global_step: int) -> Snapshot:
+        """The numbers alone: an evaluation holds pictures."""
+        sets = evaluation.sets.items()
+        groups = {name: comparison.groups() for name, comparison in sets}
+        return cls(epoch, global_step, groups, {name: comparison.tuned.scores for name, comparison in sets})
 
 
 @dataclass(frozen=True)
@@ -35,8 +55,8 @@ class Change:
     by: Estimate
 
     @property
-    def errors(self) -> float:
-        """The change in standard errors; 0 where no error can be estimated."""
+    def in_standard_errors(self) -> float:
+        """0 where no error can be estimated."""
         if math.isnan(self.by.standard_error) or self.by.mean == 0:
             return 0.0
         if self.by.standard_error == 0:  # all images changed alike
@@ -47,7 +67,7 @@ class Change:
         return f"{self.where} from {self.before:.3f} to {self.after:.3f} (by {self.by})"
 
 
-def over_optimisation(first: Snapshot, last: Snapshot, weights: Mapping[str, float], kl_weight: float) -> str | None:
+def over_optimisation(first: Snapshot, last: Snapshot, weights: Mapping[str, float], advice: str) -> str | None:
     """Says so where a reward that is trained on rose and something held out fell, each by more than the standard error of its change.
 
     What is trained on is looked at on the set "training", if there is one, else on all sets. Held out is every other reward on every set, and, beside a set
@@ -56,45 +76,57 @@ def over_optimisation(first: Snapshot, last: Snapshot, weights: Mapping[str, flo
     Args:
         first, last ([`Snapshot`])
         weights (`Mapping[str, float]`): Of the rewards that are trained on.
-        kl_weight (`float`): For the advice.
+        advice (`str`): How to hold the policy closer to the pretrained model; see [`stronger_kl`].
 
     Returns:
         `str`: Both changes, the largest in standard errors, and what to do; `None` if all is well.
     """
-    has_training_set = TRAINING in last.evaluation.sets
+    has_training_set = TRAINING in last.scores
     rises, falls = [], []
-    for where, reward, change in _changes(first.evaluation, last.evaluation):
+    for where, reward, change in _changes(first, last):
         trained = reward in weights
         sign = -1.0 if trained and weights[reward] < 0 else 1.0
         if trained and (where == TRAINING or not has_training_set):
-            rises += [(sign * change.errors, change)]
+            rises += [(sign * change.in_standard_errors, change)]
         if not trained or (has_training_set and where != TRAINING):
-            falls += [(-sign * change.errors, change)]
+            falls += [(-sign * change.in_standard_errors, change)]
     rise = max(rises, key=lambda pair: pair[0], default=(0.0, None))
     fall = max(falls, key=lambda pair: pair[0], default=(0.0, None))
     if rise[0] <= 1 or fall[0] <= 1:
         return None
     return (
         f"over-optimisation: between epoch {first.epoch} and epoch {last.epoch} what is trained on got better, {rise[1]}, and what is held out got worse, {fall[1]}. "
-        f"Look at the pictures. Then raise kl_weight (now {kl_weight:g}), add the held-out reward to those that are trained on, or stop and take a checkpoint from "
+        f"Look at the pictures. Then {advice}, add the held-out reward to those that are trained on, or stop and take a checkpoint from "
         f"about step {first.global_step} (epoch {first.epoch})."
     )
 
 
-def _changes(first: Evaluation, last: Evaluation) -> Iterator[tuple[str, str, Change]]:
-    for where, now in last.sets.items():
-        before = first.sets[where]
-        for reward in now.rewards:
-            yield where, reward, _change(where, reward, before, now)
+def stronger_kl(trainer: DPOKTrainer) -> str:
+    """What holds the policy of this run closer to the pretrained model, as advice."""
+    config = trainer.config
+    if isinstance(config, DPOKSFTConfig):
+        if config.sft_kl == "none":
+            return "set sft_kl to 'kl_d' or 'kl_o' (now 'none')"
+        return f"raise sft_gamma (now {config.sft_gamma:g})"
+    if config.target_kl is not None:
+        return f"lower target_kl (now {config.target_kl:g})"
+    return f"raise kl_weight (now {trainer.kl_weight:g})"
 
 
-def _change(where: str, reward: str, before: Comparison, now: Comparison) -> Change:
-    scores = [
-        torch.where(one.tuned.scores[reward].isfinite(), one.tuned.scores[reward].double(), torch.nan)
-        for one in (before, now)
-    ]
+def _changes(first: Snapshot, last: Snapshot) -> Iterator[tuple[str, str, Change]]:
+    for where, scores in last.scores.items():
+        for reward, after in scores.items():
+            yield (
+                where,
+                reward,
+                _change(f"{reward} on {where}", last.groups[where], first.scores[where][reward], after),
+            )
+
+
+def _change(where: str, groups: list[list[int]], before: torch.Tensor, after: torch.Tensor) -> Change:
+    scores = [torch.where(values.isfinite(), values.double(), torch.nan) for values in (before, after)]
     change = scores[1] - scores[0]
     keep = change.isfinite().tolist()
-    groups = [[row for row in rows if keep[row]] for rows in now.groups()]
-    means = [over_prompts(groups, mean_of(values)).mean for values in scores]
-    return Change(f"{reward} on {where}", *means, over_prompts(groups, mean_of(change)))
+    groups = [[row for row in rows if keep[row]] for rows in groups]
+    means = [over_prompts(groups, Mean(values)).mean for values in scores]
+    return Change(where, *means, over_prompts(groups, Mean(change)))
