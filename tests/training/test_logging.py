@@ -17,7 +17,7 @@ UPDATE = {
     "step", "epoch", "inner_epoch", "loss", "policy/ratio_mean", "policy/ratio_deviation_max", "policy/clip_fraction",
     "policy/approx_kl", "kl", "grad_norm", "learning_rate",
 }  # fmt: skip
-END = {"step", "epoch", "time/update"}
+END = {"step", "epoch", "time/update", "kl_weight", "kl_path"}
 
 
 def test_metrics_hold_the_documented_keys(make_trainer, lines):
