@@ -89,7 +89,17 @@ def test_one_set_of_files(ranks):
     assert zero["has a log"] and not one["has a log"]
     assert zero["hooked"] == [0, 4, 8] and one["hooked"] == []
     names = {path.name for path in (folder / "whole").iterdir()}
-    assert names == {"checkpoint-4", "checkpoint-8", "checkpoint-12", "metrics.jsonl", "samples"}
+    assert names == {
+        "checkpoint-4",
+        "checkpoint-8",
+        "checkpoint-12",
+        "metrics.jsonl",
+        "samples",
+        "samples.parquet",
+        "config.yaml",
+        "report.html",
+        "report.json",
+    }
     states = {path.name for path in (folder / "whole" / "checkpoint-12").glob("random_states_*")}
     assert states == {"random_states_0.pkl", "random_states_1.pkl"}
     assert (folder / "model" / "pytorch_lora_weights.safetensors").exists()

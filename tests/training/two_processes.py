@@ -137,6 +137,7 @@ def interrupted_run(out):
 REMEMBERING = {
     "value": {
         "per_prompt_stat_tracking": False,
+        "per_prompt_stat_tracking_min_count": 16,  # the default
         "train_adv_type": "value",
         "value_batch_size": 8,
         "train_objective": "kl_mask",
@@ -158,7 +159,10 @@ def remembering_runs(out):
                 trainer.train(epochs=epochs, resume_from_checkpoint=epochs == 3 and parts != [3])
             value = None if trainer.critic is None else trainer.critic.function.state_dict()
             remembered = value, trainer.kl_weight, trainer.stat_tracker and trainer.stat_tracker.state_dict()
-            buffer = [(batch.trajectory.latents, batch.advantages, batch.charges) for batch in trainer.experience.buffer.training]
+            buffer = [
+                (batch.trajectory.latents, batch.advantages, batch.charges)
+                for batch in trainer.experience.buffer.training
+            ]
             out[f"{name} {kind}"] = {"adapter": adapter(trainer), "remembered": remembered, "buffer": buffer}
 
 
