@@ -10,6 +10,7 @@ from PIL import Image
 from dpok_trl.results.curves import DARK, LIGHT, column, draw_curves, draw_panels, panels_of, standard_errors
 from dpok_trl.results.drawing import ModelSamples
 from dpok_trl.results.evaluation import Comparison, Evaluation
+from dpok_trl.results.evaluation_files import best_of_rows
 from dpok_trl.results.report import render_report, write_report
 from dpok_trl.results.runlog import RunLog, read_metrics
 from dpok_trl.results.samples import Samples
@@ -185,6 +186,8 @@ def test_every_set_is_on_the_page(tmp_path):
     for heading in ("Scores: training", "Scores: held-out", "Before and after: held-out"):
         assert heading in parsed.text
     assert (tmp_path / "evaluation.json").exists()
+    header = best_of_rows(make_evaluation(n=256).sets["one"])[0]  # as many columns as the page has room for
+    assert header == ["pretrained, best of n", "tuned is equal to", "n = 2", "n = 4", "n = 16", "n = 64"]
 
 
 def test_pictures_on_the_page_are_not_larger_than_they_are_shown(tmp_path):

@@ -10,6 +10,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,13 +72,18 @@ def _run(args: argparse.Namespace, started: float) -> int:
     print("Loading ...", flush=True)
     from dpok_trl.demo import load_demo_pipeline
     from dpok_trl.demo.world import REWARDS
-    from dpok_trl.results.evaluation import evaluate
     from dpok_trl.training.trainer import DPOKTrainer
 
     threads = limit_threads()
-    config = demo_config(args.output, args.epochs, args.kl_weight, args.seed)
+    config = demo_config(args.output, args.epochs, args.kl_weight, args.seed, args.images)
     trainer = DPOKTrainer(
-        config, REWARDS[args.reward], [args.prompt], load_demo_pipeline(), peft_config=demo_lora_config()
+        config,
+        {args.reward: REWARDS[args.reward]},
+        [args.prompt],
+        load_demo_pipeline(),
+        peft_config=demo_lora_config(),
+        eval_prompts={"training": [args.prompt]},
+        eval_reward_function={name: one for name, one in demo_rewards(args.reward).items() if name != args.reward},
     )
     size = sum(parameter.numel() for parameter in trainer.trainable_layers)
     print(
@@ -87,18 +93,9 @@ def _run(args: argparse.Namespace, started: float) -> int:
     )
     trainer.train()
     trained = time.monotonic() - started
-
-    print(f"\nComparing {args.images} images with those of the pretrained model ...", flush=True)
-    rewards = demo_rewards(args.reward)
-    trained_on = {args.reward: rewards.pop(args.reward)}
-    evaluation = evaluate(
-        trainer.policy,
-        {"training": [args.prompt]},
-        trained_on,
-        held_out_rewards=rewards,
-        images_per_prompt=args.images,
-        batch_size=IMAGES_PER_EPOCH,
-    )
+    evaluation = trainer.evaluator.newest
+    about = {"model": args.output.resolve().name, "base": "demo", "epoch": trainer.first_epoch, "step": trainer.global_step}
+    evaluation = replace(evaluation, about={**evaluation.about, **about})
     print(f"\n{evaluation.table()}\n")
 
     lora = args.output / "lora"
@@ -113,8 +110,8 @@ def _run(args: argparse.Namespace, started: float) -> int:
     return 0 if difference == 0 else 1
 
 
-def demo_config(output: Path, epochs: int, kl_weight: float, seed: int) -> DPOKConfig:
-    """The preset "demo", with what is different from run to run."""
+def demo_config(output: Path, epochs: int, kl_weight: float, seed: int, images: int) -> DPOKConfig:
+    """The preset "demo", with what is different from run to run, and an evaluation at the end."""
     from dpok_trl.training.config import DPOKConfig
 
     return DPOKConfig.preset(
@@ -129,6 +126,8 @@ def demo_config(output: Path, epochs: int, kl_weight: float, seed: int) -> DPOKC
         save_freq=0,
         sample_grid_freq=5,
         kl_weight=kl_weight,
+        eval_freq=epochs,
+        eval_num_images_per_prompt=images,
     )
 
 
@@ -188,7 +187,7 @@ def write_demo_report(
         command=shlex.join(command_line(args)),
         config=trainer.config.to_dict(),
         facts={
-            "Time": f"{trained:.0f} s to load and train",
+            "Time": f"{trained:.0f} s to load, train and evaluate",
             "Adapter": f"{sum(parameter.numel() for parameter in trainer.trainable_layers):,} parameters, LoRA of rank 8",
             "Saved LoRA": f"in lora/; a stock StableDiffusionPipeline draws from it the same pictures (largest difference of a pixel: {difference})"
             if difference == 0

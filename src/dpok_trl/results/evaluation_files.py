@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # it imports this module
     from dpok_trl.results.evaluation import Comparison, Evaluation
 
 
-SHOWN_N = (2, 4, 16, 64, 256)  # of the best of n, in the table
+SHOWN_N = (2, 4, 16, 64)  # of the best of n: more columns do not fit on the page
 TABLE_FILE, JSON_FILE, GRID_FILE = "evaluation.md", "evaluation.json", "grid.png"
 SAMPLES_FOLDER, SAMPLES = "samples", 4  # pictures of each set that are kept one by one too: a gallery shows no grids
 
@@ -71,10 +71,10 @@ def best_of_rows(comparison: Comparison) -> list[list[str]]:
     numbers = [n for n in SHOWN_N if n <= largest]
     if not numbers:
         return []
-    rows = [["pretrained, best of n", "tuned", "equal to", *(f"n = {n}" for n in numbers)]]
+    rows = [["pretrained, best of n", "tuned is equal to", *(f"n = {n}" for n in numbers)]]
     for reward in comparison.rewards:
         cells = [str(comparison.best_of(reward, n)) if n <= comparison.largest_n(reward) else "–" for n in numbers]
-        rows.append([reward, str(comparison.tuned_reward(reward)), str(comparison.equivalent_n(reward)), *cells])
+        rows.append([reward, str(comparison.equivalent_n(reward)), *cells])
     return rows
 
 
