@@ -386,3 +386,11 @@ def test_the_readme_is_finished():
     assert "@@" not in text
     for target in re.findall(r"\]\(((?:docs|CHANGELOG)[^)#]*)\)", text):
         assert (REPOSITORY / target).exists(), target
+
+
+def test_the_readme_counts_pipelines_as_the_scan_does():
+    told = re.search(
+        r"of the (\d+) classes of diffusers that take a prompt (\d+) pass", (REPOSITORY / "README.md").read_text()
+    )
+    counted = re.search(r"\d+ classes, (\d+) take a prompt; of these (\d+) pass", text_of("pipelines"))
+    assert told.groups() == counted.groups()
