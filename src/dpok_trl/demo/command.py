@@ -10,7 +10,6 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,8 +93,6 @@ def _run(args: argparse.Namespace, started: float) -> int:
     trainer.train()
     trained = time.monotonic() - started
     evaluation = trainer.evaluator.newest
-    about = {"model": args.output.resolve().name, "base": "demo", "epoch": trainer.first_epoch, "step": trainer.global_step}
-    evaluation = replace(evaluation, about={**evaluation.about, **about})
     print(f"\n{evaluation.table()}\n")
 
     lora = args.output / "lora"

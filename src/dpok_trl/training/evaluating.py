@@ -75,6 +75,7 @@ class Evaluator:
         self._base_rewards: RewardSet | None = None  # those that judged it
         self._history: deque[Snapshot] = deque(maxlen=WINDOW)
         self._warned = False
+        self.newest: Evaluation | None = None  # of the training
 
     # ---------------------------------------------------------------- while training
 
@@ -85,7 +86,7 @@ class Evaluator:
         if not asked and (not freq or not (last or (epoch + 1) % freq == 0)):
             return None
         started = time.monotonic()
-        evaluation = self.evaluate()
+        evaluation = self.newest = self.evaluate()
         metrics = {"epoch": epoch, **evaluation.metrics(), **self._over_optimisation(evaluation, epoch)}
         trainer = self.trainer
         trainer._log({**metrics, "time/evaluation": time.monotonic() - started}, trainer.global_step)
