@@ -89,8 +89,16 @@ def test_a_preset_of_the_supervised_trainer_is_what_both_have(name):
 
 
 def test_the_demo_runs_its_preset():
-    config = demo_config(Path("out"), epochs=PRESETS["demo"].values()["num_epochs"], kl_weight=0.02, seed=0)
-    own = {"exp_name", "output_dir", "accelerator_kwargs", "save_freq", "sample_grid_freq"}
+    config = demo_config(Path("out"), epochs=PRESETS["demo"].values()["num_epochs"], kl_weight=0.02, seed=0, images=64)
+    own = {
+        "exp_name",
+        "output_dir",
+        "accelerator_kwargs",
+        "save_freq",
+        "sample_grid_freq",
+        "eval_freq",
+        "eval_num_images_per_prompt",
+    }
     preset = dataclasses.asdict(DPOKConfig.preset("demo"))
     other = {name for name, value in dataclasses.asdict(config).items() if value != preset[name]}
     assert other == own

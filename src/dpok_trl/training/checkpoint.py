@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpok_trl.policy.saved import STATE_FILE, checkpoints_in, find_checkpoint, step_of
-from dpok_trl.results.runlog import METRICS_FILE
+from dpok_trl.results.runlog import METRICS_FILE, without_secrets
 
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Checkpoints:
             "kl_weight": trainer.kl_weight,
             "stat_tracker": None if trainer.stat_tracker is None else trainer.stat_tracker.state_dict(),
             "last_metrics": trainer.last_metrics,
-            "config": trainer.config.to_dict(),
+            "config": without_secrets(trainer.config.to_dict()),
             "files": {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()},
         }
 
