@@ -60,7 +60,7 @@ class Checkpoints:
         if accelerator.is_main_process:
             state = {**self._state(unfinished), "callbacks": callbacks}
             (unfinished / STATE_FILE).write_text(json.dumps(state, indent=2, default=str))
-            earlier = final.with_name(f"superseded-{final.name}")
+            earlier = final.with_name(f"replaced-{final.name}")
             if final.exists():  # in a warm-up no optimizer step is done
                 os.replace(final, earlier)
             os.replace(unfinished, final)
