@@ -243,6 +243,20 @@ def test_how_many_images_the_tuned_model_is_worth(tuned, n, words):
     assert evaluation.to_dict()["sets"]["prompts"]["rewards"]["x"]["equivalent_n"]["words"] == words
 
 
+def test_what_is_always_right_is_worth_more_than_the_luck_of_a_few_images():
+    base = torch.tensor([0.0, 1.0] * 8) * 0.7
+
+    def scored(images, prompts, metadata):
+        return base if calls.pop() == "base" else torch.full((16,), 0.7)
+
+    calls = ["base", "tuned"]
+    evaluation = evaluate(make_policy(nudged=False), ["a"], {"x": scored}, images_per_prompt=16, batch_size=16)
+    # of 16 images 8 are wrong, so 9 have a right one among them; of other 16 it may be more
+    found = evaluation.sets["prompts"].equivalent_n("x")
+    assert found.n == pytest.approx(9.0, rel=1e-6) and math.isnan(found.high)
+    assert str(found).endswith(" to more than 15)")
+
+
 def test_the_range_has_the_errors_of_both_models():
     base, tuned = torch.arange(8.0), torch.tensor([5.0, 5.5, 4.5, 5.0, 4.0, 5.2, 4.8, 5.0])
 
@@ -284,7 +298,8 @@ def test_the_files_say_what_was_evaluated(tmp_path):
     evaluation = evaluate(policy, {"one": ["a"], "two": ["b", "c"]}, brightness, images_per_prompt=2, seed=5)
     assert evaluation.about["base"] == "base" and evaluation.about["versions"]["torch"] == torch.__version__
     evaluation.save(tmp_path)
-    rows = dict(cells(line) for line in (tmp_path / "evaluation.md").read_text().split("\n\n")[1].splitlines()[2:])
+    lines = (tmp_path / "evaluation.md").read_text().split("\n\n")[1].splitlines()
+    rows = dict(line.removeprefix("* ").split(": ") for line in lines)
     assert rows["compared with"] == "base" and rows["seeds"] == "one 5–6, two 5–8"
     assert (rows["num_inference_steps"], rows["guidance_scale"]) == (str(STEPS), "1.0")
     assert f"torch {torch.__version__}" in rows["versions"] and rows["date"].endswith(" UTC")

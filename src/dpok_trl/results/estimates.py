@@ -233,6 +233,7 @@ def equivalent_n(difference_to: Callable[[int], Estimate], largest: int) -> Equi
     """
     Args:
         difference_to (`Callable[[int], Estimate]`): Tuned minus the best of n of the pretrained model, by the same prompts: its error has those of both in it.
+            What is 0 but for rounding is 0.
         largest (`int`): The largest n that it takes.
     """
     found: list[Estimate] = []
@@ -242,19 +243,21 @@ def equivalent_n(difference_to: Callable[[int], Estimate], largest: int) -> Equi
             largest = n - 1
             break
         found.append(difference)
-        if difference.mean + difference.standard_error <= 0:  # nothing more is to be found beyond
+        if difference.mean + difference.standard_error < 0:  # nothing more is to be found beyond
             break
-    crossings = [_crossing([one.mean + share * one.standard_error for one in found]) for share in (0.0, -1.0, 1.0)]
-    return EquivalentN(*crossings, largest, found[0] if found else Estimate(math.nan, math.nan, 0, 0))
+    n, low = (_crossing([one.mean - share * one.standard_error for one in found]) for share in (0, 1))
+    # Where all images have the highest score there is no error, and no n is better than that: it is not too large.
+    high = _crossing([one.mean + one.standard_error for one in found], below_zero=True)
+    return EquivalentN(n, low, high, largest, found[0] if found else Estimate(math.nan, math.nan, 0, 0))
 
 
-def _crossing(values: Sequence[float]) -> float:
-    """Where what is given for n = 1, 2 ... falls to 0; NaN if that is outside."""
+def _crossing(values: Sequence[float], below_zero: bool = False) -> float:
+    """Where what is given for n = 1, 2 ... falls to 0, or below; NaN if that is outside."""
     if values and values[0] == 0:
         return 1.0
     if not values or values[0] < 0:
         return math.nan
     for n, (above, below) in enumerate(pairwise(values), start=1):
-        if below <= 0:
+        if below < 0 or (below == 0 and not below_zero):
             return n + above / (above - below)
     return math.nan

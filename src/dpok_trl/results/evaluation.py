@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,9 @@ from dpok_trl.results.provenance import public_word, versions
 from dpok_trl.rewards.binding import TrainerState
 from dpok_trl.rewards.combining import RewardSet
 from dpok_trl.rewards.diversity import thumbnails
+
+
+ROUNDING = 1e-9  # relative; a score of 1 is reached by images that all score 1
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,13 @@ class Comparison:
     def equivalent_n(self, name: str) -> EquivalentN:
         """Of how many images of the pretrained model the best is as good as one of the tuned model; with the range that the standard error leaves."""
         groups, tuned, base = self.groups(name), Mean(self.tuned.scores[name]), self.base.scores[name]
-        return equivalent_n(lambda n: over_prompts(groups, tuned - BestOf(base, n)), self.largest_n(name))
+        rounding = ROUNDING * abs(self.tuned_reward(name).mean)
+
+        def difference_to(n: int) -> Estimate:
+            difference = over_prompts(groups, tuned - BestOf(base, n))
+            return replace(difference, mean=0.0) if abs(difference.mean) <= rounding else difference
+
+        return equivalent_n(difference_to, self.largest_n(name))
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def about_rows(evaluation: Evaluation) -> list[list[str]]:
-    """What was evaluated, on what and with what; header first."""
+def about_list(evaluation: Evaluation) -> str:
+    """What was evaluated, on what and with what, as a list in Markdown."""
     about, call = evaluation.about, dict(evaluation.call)
     model = about.get("model", "a policy")
     where = [f"{name} {about[name]}" for name in ("epoch", "step") if name in about]
@@ -125,8 +125,7 @@ def about_rows(evaluation: Evaluation) -> list[list[str]]:
         rows.append(["date", about["date"]])
     if "versions" in about:
         rows.append(["versions", ", ".join(f"{name} {version}" for name, version in about["versions"].items())])
-    cells = [[name, value.replace("|", "\\|").replace("\n", " ")] for name, value in rows]
-    return [["evaluated", ""], *cells]
+    return "\n".join(f"* {name}: {value}" for name, value in rows)
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -261,7 +260,7 @@ def save(evaluation: Evaluation, folder: str | Path) -> Path:
         )
     folder = Path(folder)
     (folder / SAMPLES_FOLDER).mkdir(parents=True, exist_ok=True)
-    text = "\n\n".join(["# Tuned against pretrained", aligned(about_rows(evaluation)), tables(evaluation)])
+    text = "\n\n".join(["# Tuned against pretrained", about_list(evaluation), tables(evaluation)])
     (folder / TABLE_FILE).write_text(f"{text}\n", encoding="utf-8")
     content = json.dumps(as_dict(evaluation), indent=1, default=str, allow_nan=False)
     (folder / JSON_FILE).write_text(content, encoding="utf-8")
