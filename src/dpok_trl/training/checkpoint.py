@@ -83,6 +83,7 @@ class Checkpoints:
             "mixes": [[list(steps), mixes] for steps, mixes in trainer.experience.mixes.items()],
             "prompts": trainer.prompts.state_dict(),
             "kl_weight": trainer.kl_weight,
+            "evaluations": trainer.evaluator.state_dict(),
             "stat_tracker": None if trainer.stat_tracker is None else trainer.stat_tracker.state_dict(),
             "last_metrics": trainer.last_metrics,
             "config": without_secrets(trainer.config.to_dict()),
@@ -167,6 +168,7 @@ class Checkpoints:
         if trainer.config.target_kl is not None and state["config"]["target_kl"] is not None:
             trainer.kl_weight = state["kl_weight"]  # as far as it has been adapted
         trainer.callbacks.load_state_dict(state["callbacks"])
+        trainer.evaluator.load_state_dict(state["evaluations"])
         trainer.experience.load(checkpoint)
         if trainer.stat_tracker is not None and state["stat_tracker"] is not None:
             trainer.stat_tracker.load_state_dict(state["stat_tracker"])

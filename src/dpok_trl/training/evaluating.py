@@ -110,6 +110,17 @@ class Evaluator:
         self._warned = found is not None  # once for each event: again only after it was over
         return {"eval/over_optimisation": float(found is not None)}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the warning of over-optimisation remembers, for JSON."""
+        return {"warned": self._warned, "history": [snapshot.state_dict() for snapshot in self._history]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where the evaluations of a resumed run stood; not where other prompts are evaluated now."""
+        names = {one.name for one in self.sets}
+        history = [Snapshot.restored(one) for one in state["history"]]
+        self._warned = state["warned"]
+        self._history = deque([one for one in history if set(one.groups) == names], maxlen=WINDOW)
+
     # ---------------------------------------------------------------- at any time
 
     def evaluate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,6 +43,19 @@ class Snapshot:
         sets = evaluation.sets.items()
         groups = {name: comparison.groups() for name, comparison in sets}
         return cls(epoch, global_step, groups, {name: comparison.tuned.scores for name, comparison in sets})
+
+    def state_dict(self) -> dict[str, Any]:
+        """In plain lists and numbers, for JSON."""
+        scores = {where: {name: one.tolist() for name, one in of.items()} for where, of in self.scores.items()}
+        return {"epoch": self.epoch, "global_step": self.global_step, "groups": self.groups, "scores": scores}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> Snapshot:
+        """From what [`~Snapshot.state_dict`] gave."""
+        scores = {
+            where: {name: torch.tensor(one) for name, one in of.items()} for where, of in state["scores"].items()
+        }
+        return cls(state["epoch"], state["global_step"], state["groups"], scores)
 
 
 @dataclass(frozen=True)
