@@ -6,7 +6,7 @@
 
     python examples/evaluate.py logs/rabbit/model --prompts "A green colored rabbit." --reward image-reward --held-out-reward aesthetic
 
-`dpok-trl evaluate` is this as a command, with more options. What the numbers mean: docs/evaluation.md.
+A model that was tuned on a pipeline without a name on the Hub needs `--base FOLDER` (or `--base demo`). `dpok-trl evaluate` is this as a command, with more options. What the numbers mean: docs/evaluation.md.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def test_every_option_reaches_the_check(saved, capsys, monkeypatch):
         "--dtype",
         "bf16",
     ]
-    argv += ["--noise-level", "0.6", "--set", "guidance_rescale=0.5", "--set", "negative_prompt=a dog"]
+    argv += ["--set", "guidance_rescale=0.5", "--set", "negative_prompt=a dog"]
     assert cli.main(["check", str(saved), *QUICK, *argv, "--debug"]) == 0
     assert str(seen.pop("dtype")) == "torch.bfloat16"
     assert seen == {
@@ -100,7 +100,7 @@ def test_every_option_reaches_the_check(saved, capsys, monkeypatch):
         },
         "kind": "cps",
         "eta": 0.5,
-        "noise_level": 0.6,
+        "noise_level": 0.7,
         "fp32_latents": True,
         "scheduler": "DDIMScheduler",
     }
@@ -111,12 +111,23 @@ def test_every_option_reaches_the_check(saved, capsys, monkeypatch):
         sample_guidance_scale=7.5,
         sample_transition="cps",
         sample_eta=0.5,
-        sample_noise_level=0.6,
         sample_fp32_latents=True,
         model_dtype="bf16",
         negative_prompts="a dog",
         sample_call_kwargs={"height": 16, "width": 32, "guidance_rescale": 0.5},
     )
+
+
+def test_the_noise_level_reaches_the_check(saved, monkeypatch, capsys):
+    seen = {}
+
+    def spy(pipe, **kwargs):
+        seen.update(kwargs)
+        return check_pipeline(pipe, **kwargs)
+
+    monkeypatch.setattr("dpok_trl.policy.check.check_pipeline", spy)
+    assert cli.main(["check", str(saved), *QUICK, "--noise-level", "0.6"]) == 0
+    assert seen["noise_level"] == 0.6 and "sample_noise_level=0.6" in capsys.readouterr().out
 
 
 def test_another_scheduler_on_the_settings_of_the_first(saved, capsys):

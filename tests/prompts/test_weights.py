@@ -157,9 +157,7 @@ def test_weights_of_which_none_is_positive():
 
 def test_a_missing_weight_column_is_named():
     dataset = datasets.Dataset.from_dict({"prompt": ["a"], "share": [1.0]})
-    with pytest.raises(
-        ValueError, match=r"is 'weight', which is none of the prompts' columns: \['prompt', 'share'\]"
-    ):
+    with pytest.raises(ValueError, match=r"is 'weight', which is none of the prompts' columns: \['prompt', 'share'\]"):
         prompt_source(dataset, weight_column="weight")
     with pytest.raises(
         ValueError, match=r"the metadata of prompt 1 has \['share'\]. Write \(prompt, \{'weight': 1.0\}\)"

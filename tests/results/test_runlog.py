@@ -239,5 +239,7 @@ def test_objects_that_no_file_can_hold_are_named_in_the_config(tmp_path):
     settings = {"seed": 3, "sample_call_kwargs": {"height": 64, "image": Image.new("RGB", (4, 4))}}
     RunLog(tmp_path).write_config(settings)
     text = (tmp_path / "config.yaml").read_text(encoding="utf-8")
-    assert text.startswith("# Not in this file, which cannot hold them: sample_call_kwargs.image. Give them in Python.\n")
+    assert text.startswith(
+        "# Not in this file, which cannot hold them: sample_call_kwargs.image. Give them in Python.\n"
+    )
     assert yaml.safe_load(text) == {"seed": 3, "sample_call_kwargs": {"height": 64}}

@@ -159,6 +159,7 @@ def test_get_says_what_it_is():
         "weights": "none",
         "licence": "MIT",
         "needs": "nothing more",
+        "overlooks": "",
     }
 
 

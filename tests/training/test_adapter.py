@@ -137,7 +137,9 @@ def test_the_card(make_trainer, tmp_path):
         'from_pretrained("someone/tiny-diffusion")' in card.text and 'load_lora_weights("me/rabbit-lora")' in card.text
     )
     assert (
-        f" → {trainer.last_metrics['reward']:.2f} |" in card.text and "| 2, 2 |" in card.text and "**red**" in card.text
+        f" → {trainer.last_metrics['reward']:.2f} |" in card.text
+        and "| 2, 2 |" in card.text
+        and "**red**" in card.text
     )
     assert "2305.16381" in card.text
     assert card.data.license is None  # the user's to state

@@ -106,7 +106,12 @@ def test_all_samples_of_a_batch_are_at_one_step():
     (batch,) = batches(1)
     batch.samples = (4, 5, 6)
     (update,) = plan_updates(
-        [batch], count=1, timestep_fraction=1.0, accumulation=1, timesteps_per_update=None, random=np.random.default_rng(0)
+        [batch],
+        count=1,
+        timestep_fraction=1.0,
+        accumulation=1,
+        timesteps_per_update=None,
+        random=np.random.default_rng(0),
     )
     assert sorted(steps for _, steps in update) == [(step,) * 3 for step in range(4)]
 

@@ -71,7 +71,7 @@ def test_integer_and_half_precision_rewards_train_like_floats(rewards, tracking,
             prompts=["a cat"],
             output_dir=str(tmp_path / name),
             per_prompt_stat_tracking=tracking,
-            per_prompt_stat_tracking_min_count=2,
+            **({"per_prompt_stat_tracking_min_count": 2} if tracking else {}),
         )
         trainer.train()
         return adapter(trainer)

@@ -51,10 +51,31 @@ def test_the_epoch_is_finished_and_saved(signals, make_trainer, lines, capfd):
     assert what_is_missing(checkpoint) is None
     assert len(lines(trainer, "loss")) == 2
     assert str(stopped.value) == (
-        "stopped after epoch 2 of 4, which is saved. To go on: trainer.train(resume_from_checkpoint=True), or the same command with --resume_from "
-        f"{trainer.output_dir}"
+        f"stopped after epoch 2 of 4, which is saved. To go on: trainer.train(resume_from_checkpoint=True), or resume_from = '{trainer.output_dir}' in the "
+        f"configuration (dpok-trl train --resume_from {trainer.output_dir})"
     )  # fmt: skip
     assert f"{signals[0].name}: the running epoch is finished and saved first" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("when", ["before", "within"])
+def test_a_signal_around_an_evaluation_stops_after_this_epoch(when, make_trainer, lines):
+    def judge(images, prompts, metadata):
+        if when == "within":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return images[:, 0].mean((1, 2))
+
+    trainer = make_trainer(
+        callbacks=[Sending(signal.SIGTERM)] if when == "before" else [],
+        eval_prompts=["a dog"],
+        eval_reward_function=judge,
+        eval_freq=2,
+        save_freq=0,
+        **FOUR,
+    )
+    with pytest.raises(KeyboardInterrupt, match="stopped after epoch 2 of 4"):
+        trainer.train()
+    assert what_is_missing(trainer.output_dir / "checkpoint-2") is None
+    assert len(lines(trainer, "eval/prompts/kl")) == (when == "within")  # there is no time for one that has not begun
 
 
 def test_an_interrupted_run_that_is_resumed_is_the_uninterrupted_one(make_trainer, adapter, tmp_path):

@@ -86,6 +86,15 @@ def test_the_slurm_script_goes_on_with_a_run(cluster, tmp_path):
         assert machine[-2:] == ["--resume_from", str(tmp_path)]
 
 
+def test_the_slurm_script_sets_aside_a_run_that_left_no_checkpoint(cluster, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    for machine in cluster("recipe.yaml", str(run)):
+        assert "--resume_from" not in machine
+    assert not run.exists() and (tmp_path / "run-without-checkpoint-12345" / "metrics.jsonl").exists()
+
+
 def test_the_slurm_script_has_its_options_before_its_first_command():
     """sbatch reads no further."""
     lines = SCRIPT.read_text().splitlines()

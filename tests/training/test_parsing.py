@@ -107,6 +107,7 @@ def test_values_of_a_file_get_the_type_of_their_field(file):
         ("run_name: 7", "recipe.yaml: run_name = 7, but it must be text (in quotes)."),
         ("reward_weights: [1, x]", "reward_weights = [1, 'x'], but it must be a list, each entry a number or null."),
         ("a: [1\nb: }", "recipe.yaml is no YAML: while parsing a flow sequence"),
+        ("num_epochs: 1\nkl_weight: 0\nnum_epochs: 2", "recipe.yaml is no YAML: num_epochs stands in it 2 times"),
         ("just text", "recipe.yaml must hold settings as `name: value`, one on each line; it holds 'just text'."),
         ("preset: sd15", "there is no preset 'sd15'. Did you mean 'sd15-lora'?"),
         ("train_objective: dpo", "train_objective = 'dpo', but it must be one of dpok"),

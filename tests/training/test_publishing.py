@@ -1,7 +1,10 @@
 """What a run pushes when it is stopped. Pushes to a Hub are in tests/hub."""
 
+import json
+
 import pytest
 
+from dpok_trl.results.hub import without_folders
 from dpok_trl.training import publishing
 from dpok_trl.training.interruption import Interruption
 
@@ -24,3 +27,17 @@ def test_a_run_that_is_stopped_pushes_what_it_saves(make_trainer, monkeypatch, s
         trainer.train()
     assert pushed == expected
     assert (trainer.output_dir / "checkpoint-1" / "trainer_state.json").is_file()
+
+
+def test_no_folder_of_this_machine_goes_up(tmp_path):
+    """Networks remember where they were loaded from: a repository is told, a folder is not."""
+    config = tmp_path / "unet" / "config.json"
+    config.parent.mkdir()
+    for name, kept in (("runwayml/stable-diffusion-v1-5", True), (str(tmp_path), False), ("/no/longer/there", False)):
+        config.write_text(json.dumps({"_name_or_path": name, "sample_size": 64}))
+        content = without_folders(config)
+        assert (content == config) == kept
+        if not kept:
+            assert json.loads(content) == {"sample_size": 64}
+    other = tmp_path / "trainer_state.json"
+    assert without_folders(other) == other and without_folders(b"bytes") == b"bytes"

@@ -111,3 +111,16 @@ def test_a_checkpoint_knows_which_steps_go_together(make_trainer, tmp_path):
     assert all(steps_of_round in trainer.experience.mixes for steps_of_round in steps)
     last = max(tmp_path.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
     assert len(json.loads((last / "trainer_state.json").read_text())["mixes"]) == 3  # one for each window
+
+
+def test_a_run_that_is_done_says_so(make_trainer, tmp_path, caplog):
+    make_trainer(save_freq=1).train()
+    make_trainer().train(resume_from_checkpoint=True)
+    assert "nothing is left to train: 1 of 1 epochs are done. Raise num_epochs to go on." in caplog.text
+
+
+def test_the_config_of_a_resumed_run_is_that_of_the_run(make_trainer, tmp_path):
+    make_trainer(save_freq=1, num_epochs=2).train(epochs=1)
+    trainer = make_trainer(num_epochs=2, resume_from=str(tmp_path / "run"))
+    trainer.train()
+    assert "resume_from" not in (trainer.output_dir / "config.yaml").read_text()

@@ -123,6 +123,7 @@ def launch(parser: DPOKParser, flags: Sequence[str], own: Sequence[str]) -> int:
         `ValueError`: For a flag that nobody has, and where one process would start instead of several.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     launcher = launch_command_parser()
@@ -139,6 +140,8 @@ def launch(parser: DPOKParser, flags: Sequence[str], own: Sequence[str]) -> int:
         return first.exitcode
     except subprocess.CalledProcessError as error:
         return error.returncode
+    except SignalException:  # passed on to the processes, which have saved and told
+        raise KeyboardInterrupt("the processes were told to stop, and have said what is saved") from None
     return 0
 
 

@@ -102,6 +102,7 @@ def push_folder(
     files = model_files(Path(folder), name)
     if checkpoint is not None:
         files |= {f"{LAST_CHECKPOINT}/{path}": content for path, content in checkpoint_files(checkpoint).items()}
+    files = {path: without_folders(content) for path, content in files.items()}
     replaced = tuple(f"{top}/" for top in (LAST_CHECKPOINT, PICTURES) if any(p.startswith(f"{top}/") for p in files))
     api = HfApi()
 
@@ -145,6 +146,17 @@ def model_files(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     card = folder / CARD_FILE
     text = card_for(card.read_text(encoding="utf-8"), repo_id) if card.is_file() else short_card(folder, repo_id)
     return {**files, CARD_FILE: text.encode()}
+
+
+def without_folders(content: Path | bytes) -> Path | bytes:
+    """A file of diffusers' configs without the folder of this machine that a network was loaded from; all else as it is."""
+    if isinstance(content, bytes) or content.name not in (PIPELINE_FILE, "config.json"):
+        return content
+    config = json.loads(content.read_text(encoding="utf-8"))
+    if hub_id(config.get("_name_or_path")) is not None or "_name_or_path" not in config:
+        return content
+    del config["_name_or_path"]
+    return json.dumps(config, indent=2).encode()
 
 
 def checkpoint_files(checkpoint: Path) -> dict[str, Path | bytes]:

@@ -243,9 +243,10 @@ def _put_pictures(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Puts the card's pictures into its folder. Returns what the template wants to know of them, and the entries of the gallery."""
     target = folder / PICTURES
-    if target.exists():
-        shutil.rmtree(target)  # of the card before
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
+    for pattern in ("sample-*.png", "curves.png", "before-after.png", "samples.png"):
+        for picture in target.glob(pattern):
+            picture.unlink()  # of the card before
     found: dict[str, Any] = dict.fromkeys(("comparison_picture", "grid_picture", "grid_epoch", "curves_picture"))
     samples: list[tuple[str, Image.Image]] = []
     epochs = [epoch for epoch in sampled_epochs(facts.run_folder) if epoch < facts.epochs]  # others are another run's

@@ -108,7 +108,9 @@ class RunLog:
         kept, left_out = _writable(without_secrets(settings))
         content = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=120)
         if left_out:
-            content = f"# Not in this file, which cannot hold them: {', '.join(left_out)}. Give them in Python.\n{content}"
+            content = (
+                f"# Not in this file, which cannot hold them: {', '.join(left_out)}. Give them in Python.\n{content}"
+            )
         temporary = self.folder / f"{CONFIG_FILE}.tmp"
         temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, self.folder / CONFIG_FILE)

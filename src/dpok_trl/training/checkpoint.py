@@ -206,7 +206,11 @@ class Checkpoints:
         checkpoints = [path.name for path in self._all()]
         found = checkpoints + [path.name for path in (self.folder / METRICS_FILE,) if path.exists()]
         if found:
-            resume = "go on with it by trainer.train(resume_from_checkpoint=True), " if checkpoints else ""
+            resume = (
+                f"go on with it by trainer.train(resume_from_checkpoint=True) or --resume_from {self.folder}, "
+                if checkpoints
+                else ""
+            )
             raise ValueError(
                 f"output_dir = '{self.folder}' holds another run ({', '.join(found[:3])}{' ...' if len(found) > 3 else ''}). Choose another output_dir, "
                 f"{resume}or remove it."

@@ -25,6 +25,19 @@ USER_ERROR = 2  # exit code, argparse's own
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text (in quotes)", dict: "a mapping"}
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """Of two lines with one name YAML takes the last, in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name} stands in it {names.count(name)} times", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 class DPOKParser(TrlParser):
     """`trl.TrlParser` that knows presets, and says in words what is wrong with flags and file.
 
@@ -122,7 +135,7 @@ class DPOKParser(TrlParser):
     def _read(self, file: str) -> dict[str, Any]:
         """The settings of a YAML file, each of the type of its field."""
         try:
-            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            content = yaml.load(Path(file).read_text(encoding="utf-8"), _EachKeyOnce)
         except yaml.YAMLError as error:
             raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):

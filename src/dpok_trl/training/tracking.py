@@ -90,7 +90,9 @@ def begin_report(trainer: DPOKTrainer) -> None:
     if not trainer.accelerator.is_main_process:
         return
     config = trainer.config
-    trainer.run_log.write_config(dataclasses.asdict(config))
+    settings = dataclasses.asdict(config)
+    settings.pop("resume_from")  # how this part of the run began, and no setting of the run
+    trainer.run_log.write_config(settings)
     pipeline = type(trainer.pipeline).__name__
     base = trainer.pipeline.config.get("_name_or_path")
     count = sum(parameter.numel() for parameter in trainer.trainable_layers)

@@ -232,6 +232,12 @@ class DPOKTrainer(PublishingMixin):
             desc="epochs",
             disable=not self._shows_progress,
         )
+        if self.first_epoch >= last:
+            logger.warning(
+                "nothing is left to train: %d of %d epochs are done. Raise num_epochs to go on.",
+                self.first_epoch,
+                last,
+            )
         self.callbacks.train_begin(last)
         interrupted = False
         with Interruption(self.accelerator) as interruption:
@@ -242,8 +248,7 @@ class DPOKTrainer(PublishingMixin):
                 self.seconds = time.monotonic() - started
                 progress.set_postfix({name: f"{value:.4g}" for name, value in self._shown.items()})
                 self.callbacks.epoch_end(epoch)
-                interrupted = interruption.requested()
-                self._evaluate_and_save(epoch, last, interrupted)
+                interrupted = self._evaluate_and_save(epoch, last, interruption)
                 if interrupted or self.callbacks.control.should_training_stop:
                     break
         progress.close()
@@ -253,30 +258,33 @@ class DPOKTrainer(PublishingMixin):
             tracker.finish()  # not `end_training`: it ends the process group, which `save_model` and another `train` still need
         if interrupted:
             raise KeyboardInterrupt(
-                f"stopped after epoch {self.first_epoch} of {last}, which is saved. To go on: trainer.train(resume_from_checkpoint=True), or the same "
-                f"command with --resume_from {self.output_dir}"
+                f"stopped after epoch {self.first_epoch} of {last}, which is saved. To go on: trainer.train(resume_from_checkpoint=True), or resume_from = "
+                f"'{self.output_dir}' in the configuration (dpok-trl train --resume_from {self.output_dir})"
             )
         self.push_at_end()
 
-    def _evaluate_and_save(self, epoch: int, last: int, interrupted: bool) -> None:
-        """What is due after an epoch, by the settings, at the end of the run, or because a callback asks for it."""
+    def _evaluate_and_save(self, epoch: int, last: int, interruption: Interruption) -> bool:
+        """What is due after an epoch, by the settings, at the end of the run, or because a callback asks for it. Returns whether the run was asked to stop: then
+        there is no evaluation, for whoever sent the signal may not wait long."""
         callbacks, freq = self.callbacks, self.config.save_freq
         ends = epoch + 1 == last or callbacks.control.should_training_stop
-        try:
-            metrics = self.evaluator.after_epoch(
-                epoch, last=ends and not interrupted, asked=callbacks.control.should_evaluate
-            )
-        except Exception:
-            self.checkpoints.save()  # what was trained is not at fault; all processes are here
-            raise
-        if metrics is not None:
-            callbacks.evaluated(metrics)
+        interrupted = interruption.requested()
+        if not interrupted:
+            try:
+                metrics = self.evaluator.after_epoch(epoch, last=ends, asked=callbacks.control.should_evaluate)
+            except Exception:
+                self.checkpoints.save()  # what was trained is not at fault; all processes are here
+                raise
+            if metrics is not None:
+                callbacks.evaluated(metrics)
+            interrupted = interruption.requested()
         ends = ends or interrupted or callbacks.control.should_training_stop  # early stopping decides by evaluations
         if ends or callbacks.control.should_save or (freq and (epoch + 1) % freq == 0):
             self.checkpoints.save()
             callbacks.saved()
             if interrupted or not ends:  # the end has a push of its own
                 self.push_saved()
+        return interrupted
 
     def step(self, epoch: int, global_step: int) -> int:
         """One round: sample, score, and update on what was sampled. Returns the number of optimizer steps done so far."""
