@@ -35,6 +35,7 @@ def test_a_hub_that_stays_down_stops_no_run(runs, folder):
     assert {path.name for path in (folder / "down").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
 
 
+@pytest.mark.slow
 def test_the_command_that_was_told_pushes_it(hub, runs, client, folder):
     model = folder / "down" / "model"
     asked = json.dumps([{"argv": ["push", str(model), "me/down"], "token": "hf_me"}])

@@ -62,6 +62,14 @@ def _forget():
     GradientState._reset_state()
 
 
+@pytest.fixture(autouse=True)
+def no_page(request, monkeypatch):
+    """The page of a run takes a quarter of a second to draw, and some thousand runs are trained here. test_tracking.py is about it."""
+    if request.path.stem != "test_tracking":
+        for module in ("trainer", "evaluating"):
+            monkeypatch.setattr(f"dpok_trl.training.{module}.report", lambda trainer, *evaluation: None)
+
+
 @pytest.fixture
 def make_config(tmp_path):
     def make(**kwargs) -> DPOKConfig:

@@ -186,6 +186,7 @@ def test_a_script_ends_by_sigterm_as_by_ctrl_c(start, tmp_path):
     assert f"KeyboardInterrupt: stopped after epoch {epochs} of 10000, which is saved" in told
 
 
+@pytest.mark.slow
 def test_all_processes_do_what_one_is_told(start, tmp_path):
     process = start("signalled", processes=2)
     told = signal_in_the_middle(process, signal.SIGTERM)
@@ -207,6 +208,7 @@ def test_all_processes_do_what_one_is_told(start, tmp_path):
     assert told.count("SIGTERM: the running epoch") == 1  # the main process alone says so, if it was told itself
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_and_leaves_whole_checkpoints(start, tmp_path):
     process = start("dies", processes=2)
     # and not when a collective runs into its time limit, which is half an hour

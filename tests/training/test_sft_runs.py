@@ -545,6 +545,7 @@ def test_the_documented_metrics_are_those_of_a_run(make_sft, make_trainer, lines
 # ---------------------------------------------------------------- two processes
 
 
+@pytest.mark.slow
 def test_two_processes_have_one_model(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

@@ -209,6 +209,7 @@ def test_all_without_any_tracker_is_refused(make_trainer, monkeypatch):
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_set(tmp_path):
     environment = {
         **os.environ,

@@ -88,29 +88,33 @@ def _estimate(found: Mapping[str, Any]) -> Estimate:
     return Estimate(mean, error, found["images"], found["prompts"])
 
 
-def training_table(facts: RunFacts, metrics: Sequence[Mapping[str, Any]]) -> str:
+def training_table(facts: RunFacts, metrics: Sequence[Mapping[str, Any]], evaluation: Evaluated | None) -> str:
     """The facts of the run. Of a run that has not begun there are few."""
     rows = [["trained", plain(facts.trained)], ["KL term", facts.kl or "none"]]
     rows.append(["epochs, optimizer steps", f"{facts.epochs:,}, {facts.updates:,}"])
     if facts.images is not None:
         rows.append(["images", f"{facts.images:,}"])
-    rewards = [line["reward"] for line in metrics if "reward" in line]
-    if len(rewards) > 1:
-        rows.append(
-            [
-                "mean reward of the images, first → last epoch",
-                " → ".join(map(format_reward, (rewards[0], rewards[-1]))),
-            ]
-        )
-    elif rewards:
-        rows.append(["mean reward of the images", format_reward(rewards[0])])
+    rewards = [(line["epoch"], line["reward"]) for line in metrics if "reward" in line]
+    if rewards:
+        rows.append(_reward_row(rewards))
     path = [line["kl_path"] for line in metrics if "kl_path" in line]
-    if path:
-        rows.append(["KL of a denoising path, last epoch", f"{path[-1]:.3g} nats"])
+    if path and evaluation is None:  # an evaluation has that of the tuned model, which is not the one of its training
+        rows.append(["path KL, mean over the updates of the last epoch", f"{path[-1]:.3g} nats"])
     if facts.epochs:
         rows.append(["time", str(timedelta(seconds=round(facts.seconds)))])
     rows.append(["hardware", plain(facts.hardware)])
     return _table(["this run", ""], rows)
+
+
+def _reward_row(rewards: Sequence[tuple[int, float]]) -> list[str]:
+    """Epochs and their mean rewards, from the first to the last that are known: a run that was resumed in another folder has no others there."""
+    (first, before), (last, after) = rewards[0], rewards[-1]
+    label = "mean reward of the images"
+    told = format_reward(after) if first == last else f"{format_reward(before)} → {format_reward(after)}"
+    if first > 0:
+        of = f"epoch {first}" if first == last else f"epoch {first} → {last}"
+        return [f"{label}, {of} (the first is 0; earlier ones are not in this folder)", told]
+    return [label if first == last else f"{label}, first → last epoch", told]
 
 
 def rewards_table(rewards: Sequence[TrainedReward]) -> str:

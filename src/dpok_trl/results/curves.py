@@ -106,7 +106,7 @@ def standard_errors(metrics: Lines) -> Series:
 
 
 def panels_of(metrics: Lines, reduction: Reduction = "mean") -> list[Panel]:
-    """A panel for everything that the lines hold, in the order of their importance.
+    """A panel for everything that the lines hold, in the order of their importance. A single evaluation is no curve: it has its table.
 
     Args:
         metrics (`Sequence[dict]`): Lines of `metrics.jsonl`.
@@ -119,7 +119,7 @@ def panels_of(metrics: Lines, reduction: Reduction = "mean") -> list[Panel]:
     panels += _evaluations(metrics)
     path = column(metrics, "epoch", "kl_path")[1]
     evaluated = _evaluated_kl(metrics)
-    if len(path) or evaluated:
+    if len(path) or any(len(epochs) > 1 for epochs, _ in evaluated.values()):
         values = path if len(path) else next(iter(evaluated.values()))[1]
         panels.append(Panel("Path KL to the pretrained model", partial(_path_kl, metrics), values))
     nats = "nats per denoising step" if reduction == "sum" else "nats per step and dimension"
@@ -155,7 +155,8 @@ def _evaluations(metrics: Lines) -> list[Panel]:
             of_set, _, reward = what.removeprefix("eval/").partition("/")
             title = f"{reward} on {of_set}"
             values = column(metrics, "epoch", name)[1]
-            panels.append(Panel(title, partial(_base_and_tuned, metrics, what, title), values))
+            if len(values) > 1:
+                panels.append(Panel(title, partial(_base_and_tuned, metrics, what, title), values))
     return panels
 
 

@@ -26,7 +26,7 @@ TABLE_FILE, JSON_FILE, GRID_FILE = "evaluation.md", "evaluation.json", "grid.png
 SAMPLES_FOLDER, SAMPLES = "samples", 4  # pictures of each set that are kept one by one too: a gallery shows no grids
 
 FOOTNOTE = (
-    "Mean over prompts ± standard error; differences are paired by seed and noise. The path KL is KL(tuned ‖ pretrained) of whole denoising paths in nats, "
+    "Mean over prompts, or over the images of a single prompt, ± standard error; differences are paired by seed and noise. The path KL is KL(tuned ‖ pretrained) of whole denoising paths in nats, "
     "summed over stochastic steps. Diversity is the mean distance between two images of a prompt."
 )
 

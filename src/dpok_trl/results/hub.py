@@ -33,7 +33,7 @@ from dpok_trl.policy.saved import (
     find_model,
     holds_model,
 )
-from dpok_trl.results.model_card import PICTURES, hub_id
+from dpok_trl.results.model_card import LOCAL, PICTURES, hub_id
 from dpok_trl.results.provenance import public_settings
 from dpok_trl.results.runlog import METRICS_FILE
 
@@ -176,7 +176,7 @@ def card_for(text: str, repo_id: str) -> str:
     named = re.search(r'(?:load_lora_weights|load_tuned|PeftModel\.from_pretrained)\((?:pipe\.\w+, )?"([^"]+)"', text)
     if named is None or named[1] == repo_id:
         return text
-    title = re.sub(rf"^# {re.escape(named[1])}$", lambda _: f"# {repo_id}", text, count=1, flags=re.MULTILINE)
+    title = re.sub(rf"^# {re.escape(named[1].removeprefix(LOCAL))}$", lambda _: f"# {repo_id}", text, count=1, flags=re.MULTILINE)
     return title.replace(f'"{named[1]}"', f'"{repo_id}"')
 
 

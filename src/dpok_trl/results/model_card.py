@@ -38,6 +38,7 @@ from dpok_trl.rewards.info import RewardInfo
 CARD_FILE, CONFIG_FILE = "README.md", "dpok_config.json"
 PICTURES = "card"  # the folder of the card's own pictures: `samples` of a run's folder is the run's
 GALLERY = 8  # pictures in it at most
+LOCAL = "path/to/"  # before the name of a folder, in code: where it lies is nobody else's business
 DIGITS = 6  # of a mean reward in the Hub's table, which shows what it is given
 
 
@@ -127,7 +128,7 @@ def write_model_card(
 
     Args:
         facts ([`RunFacts`])
-        model_name (`str`): The repository, or any name.
+        model_name (`str`): The repository with its owner, or the name of a folder, which the code on the card looks for under `path/to/`.
         dataset_name (`str`, *optional*): A dataset of the Hub that the prompts are from.
         tags (`Sequence[str]`): Beside those that every card has.
         online (`bool`): Whether the Hub may be asked for the base model's licence, where neither the cache nor its folder has it.
@@ -136,6 +137,7 @@ def write_model_card(
     metrics = _metrics(facts)
     evaluation = newest_evaluation(facts.evaluation_folder, metrics)
     base = hub_id(facts.base_model)
+    place = model_name if "/" in model_name else f"{LOCAL}{model_name}"  # a bare name is a folder somewhere
     licence = base_licence(facts.base_model, online)
     pictures, gallery = _put_pictures(folder, facts, metrics, evaluation)
     data = _front_matter(facts, model_name, base, licence, dataset_name, tags, gallery, evaluation)
@@ -156,11 +158,11 @@ def write_model_card(
         evaluation=evaluation,
         summary=card_text.summary(facts, base),
         widget=gallery,
-        snippet=_snippet(facts, base, model_name),
-        one_liner=_one_liner(facts, base, model_name),
+        snippet=_snippet(facts, base, place),
+        one_liner=_one_liner(facts, base, place),
         score_tables=tables,
         score_notes=notes,
-        training_table=card_text.training_table(facts, metrics),
+        training_table=card_text.training_table(facts, metrics, evaluation),
         prompts=None if facts.prompts is None else list(dict.fromkeys(facts.prompts)),
         rewards_table=card_text.rewards_table(facts.rewards),
         command=command_line(),
@@ -322,7 +324,7 @@ def eval_results(task: str, sets: Mapping[str, Any]) -> list[EvalResult]:
                         EvalResult(
                             task_type=task,
                             dataset_type="prompts",
-                            dataset_name=f"{name} ({prompts} prompts, {one['images']} images)",
+                            dataset_name=f"{name} ({prompts} prompt{'s' if prompts > 1 else ''}, {one['images']} image{'s' if one['images'] > 1 else ''})",
                             dataset_split=name,
                             metric_type=reward,
                             metric_name=f"{reward}, {label}",

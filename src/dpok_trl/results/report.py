@@ -177,15 +177,19 @@ def _progress(metrics: list[dict[str, Any]]) -> dict[str, str]:
     """How far the run has come, and in which time."""
     if not metrics:
         return {}
-    epochs = len({line["epoch"] for line in metrics if "epoch" in line})
+    epochs = {line["epoch"] for line in metrics if "epoch" in line}
+    begin = min(epochs, default=0)
+    done = max(epochs, default=-1) + 1
+    here = f" (epochs {begin} to {done - 1} are in this folder, the first of the run is 0)" if begin else ""
     said = [
-        f"{epochs} epoch{'s' if epochs != 1 else ''}",
+        f"{done} epoch{'s' if done != 1 else ''}{here}",
         f"{max(line['step'] for line in metrics):,} optimizer steps",
     ]
     images = [line["images"] for line in metrics if "images" in line]
     rows = {"Training": ", ".join([*said, *([f"{max(images):,} images"] if images else [])])}
     seconds = sum(value for line in metrics for name, value in line.items() if name.startswith("time/"))
-    return {**rows, "Time in all phases": f"{seconds:,.0f} s"} if seconds else rows
+    name = "Time in all phases of these epochs" if begin else "Time in all phases"
+    return {**rows, name: f"{seconds:,.0f} s"} if seconds else rows
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:
