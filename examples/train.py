@@ -42,6 +42,7 @@ def main() -> None:
         eval_prompts=script.evaluation_prompts(),
         eval_reward_function=script.eval_reward,
     )
+    script.record(trainer)  # names model, reward and prompts in the run's config.yaml
     trainer.pipeline.set_progress_bar_config(disable=True)
     trainer.train()
     trainer.save_model(trainer.output_dir / "model")

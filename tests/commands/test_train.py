@@ -12,7 +12,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 
-from dpok_trl import DPOKConfig, cli
+from dpok_trl import DPOKConfig, ScriptArguments, cli
 from dpok_trl.commands import train as command
 from dpok_trl.results.runlog import read_metrics
 
@@ -72,6 +72,9 @@ def test_without_a_model_the_demo_is_trained_and_evaluated(tmp_path, capsys):
     assert "demo: 121,728 trained parameters, 1 process on cpu\n" in printed  # rank 8 on all that the demo tunes
     assert "Reward demo-soft; 1 prompt; 1 epochs of 4 images in 2 steps; kl_weight 0.02; preset demo\n" in printed
     assert f"Model: {tmp_path / 'run' / 'model'}\n" in printed
+    script, config = command.make_parser().parse(["--config", str(tmp_path / "run" / "config.yaml")])
+    assert script == ScriptArguments(eval_prompts=["four circles"], eval_reward=["demo-exact"])
+    assert (config.num_epochs, config.sample_batch_size, config.eval_freq) == (1, 4, 1)
     last = read_metrics(tmp_path / "run")[-1]
     assert "eval/held-out/demo-exact/tuned" in last and (tmp_path / "run" / "evaluation" / "grid.png").is_file()
 
@@ -89,8 +92,9 @@ def test_the_file_that_a_run_leaves_starts_the_same(trained):
     _, output = trained
     written = yaml.safe_load((output / "config.yaml").read_text())
     parser = command.make_parser()
-    base = ["--model", "a/b", "--reward", "r", "--prompts", "p"]
-    _, config = parser.parse([*base, "--config", str(output / "config.yaml")])
+    script, config = parser.parse(["--config", str(output / "config.yaml")])
+    assert script == ScriptArguments(str(trained[0]), ["jpeg-incompressibility"], ["a cat"])
+    assert not {"preset", "eval_prompts", "eval_reward"} & set(written)  # no preset: its settings are there
     assert (config.train_learning_rate, config.train_lora_rank) == (0.1, 2)
     assert config.sample_batch_size == written.get("sample_batch_size") == 4
 

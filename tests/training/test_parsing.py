@@ -45,7 +45,7 @@ def test_flag_over_file_over_preset_over_default(file):
 
 
 def test_a_flag_names_another_preset_than_the_file(file):
-    _, config = parse("--config", file({"preset": "ddpo"}), "--preset", "official-code")
+    _, config = parse("--config", file({"model": "demo", "preset": "ddpo"}), "--preset", "official-code")
     assert config == DPOKConfig.preset("official-code")
 
 
@@ -59,7 +59,9 @@ def test_a_flag_turns_off_what_the_preset_turns_on(file):
     assert parse("--preset", "ddpo")[1].per_prompt_stat_tracking
     assert not parse("--preset", "ddpo", "--per_prompt_stat_tracking", "false")[1].per_prompt_stat_tracking
     assert not parse("--preset", "ddpo", "--no_train_adv_scale")[1].train_adv_scale
-    assert parse("--preset", "official-code", "--config", file("train_adv_scale: true"))[1].train_adv_scale
+    assert parse("--preset", "official-code", "--config", file("model: demo\ntrain_adv_scale: true"))[
+        1
+    ].train_adv_scale
 
 
 def test_without_a_preset_field_there_is_none(file):
@@ -83,7 +85,7 @@ def test_a_file_may_give_what_a_script_requires(file):
 
 def test_values_of_a_file_get_the_type_of_their_field(file):
     path = file(
-        "train_learning_rate: 1e-4\ntrain_adv_clip_max: .inf\nkl_weight: 1\nmixed_precision: no\nreward: demo-exact\n"
+        "model: demo\ntrain_learning_rate: 1e-4\ntrain_adv_clip_max: .inf\nkl_weight: 1\nmixed_precision: no\nreward: demo-exact\n"
         "reward_weights: 2\nsample_call_kwargs: {height: 32}\ntarget_kl: null\nnum_epochs: '4'\n"
     )
     script, config = parse("--config", path)
@@ -121,8 +123,34 @@ def test_what_is_wrong_with_a_file_is_told(file, content, words):
 
 
 def test_no_file():
-    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"^--config nowhere.yaml: that does not exist. Give a YAML file"):
         parse("--config", "nowhere.yaml")
+
+
+def test_a_folder_is_no_file_of_settings(tmp_path):
+    with pytest.raises(FileNotFoundError, match="that is a folder"):
+        parse("--config", str(tmp_path))
+
+
+def test_settings_without_a_model_are_not_those_of_the_demo(file):
+    """What a run that was made in Python leaves."""
+    path = file({"output_dir": "run", "num_epochs": 3})
+    for more in ([], ["--reward", "ocr", "--prompts", "x"]):
+        with pytest.raises(
+            ValueError, match=r"recipe.yaml names no model, and neither does --model: give --model, --"
+        ):
+            parse("--config", path, *more)
+    for model in (["--model", "a/b"], ["--model=a/b"]):
+        script, config = parse("--config", path, *model, "--reward", "ocr", "--prompts", "x")
+        assert (script.model, config.num_epochs) == ("a/b", 3)
+    assert parse("--config", path, "--model", "demo")[0].model == "demo"
+
+
+def test_none_is_no_choice_that_can_be_typed():
+    printed = DPOKParser(BOTH).format_help()
+    assert "None," not in printed and "{fp32,bf16,fp16}" in printed
+    with pytest.raises(ValueError, match=r"invalid choice: 'fp8' \(choose from '?fp32"):
+        parse("--model_dtype", "fp8")
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------

@@ -86,6 +86,7 @@ def train(script: ScriptArguments, config: DPOKConfig) -> int:
             eval_prompts=script.evaluation_prompts(),
             eval_reward_function=script.eval_reward,
         )
+        script.record(trainer)
         trainer.pipeline.set_progress_bar_config(disable=True)
         trainer.accelerator.print(summary(script, trainer), flush=True)
         trainer.train()

@@ -36,6 +36,7 @@ class RunLog:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / METRICS_FILE
+        self.arguments: dict[str, Any] = {}  # of the script, which stand in `config.yaml` before the settings
         if self.path.exists():
             content = self.path.read_bytes()
             whole = content.rfind(b"\n") + 1
@@ -105,7 +106,7 @@ class RunLog:
         Args:
             settings (`Mapping[str, Any]`): Of the config, nested as its fields are.
         """
-        kept, left_out = _writable(without_secrets(settings))
+        kept, left_out = _writable(without_secrets({**self.arguments, **settings}))
         content = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=120)
         if left_out:
             content = (

@@ -9,7 +9,7 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -17,6 +17,10 @@ from trl import TrlParser
 from dpok_trl.prompts.reading import Prompt, read_prompts
 from dpok_trl.training.config import DPOKConfig
 from dpok_trl.training.presets import PRESETS, preset_values
+
+
+if TYPE_CHECKING:
+    from dpok_trl.training.trainer import DPOKTrainer
 
 
 DEMO = "demo"
@@ -58,6 +62,9 @@ class DPOKParser(TrlParser):
     def __init__(self, dataclass_types: Any, **kwargs: Any):
         usage = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
         super().__init__(dataclass_types, **{"allow_abbrev": False, "usage": usage, **kwargs})
+        for action in self._actions:
+            if action.choices is not None:  # None is the default of a field, and nothing that can be typed
+                action.choices = [choice for choice in action.choices if choice is not None]
         self.add_argument("--config", metavar="FILE", help="YAML file of these settings; a flag wins over it")
 
     def parse_args_and_config(self, args: Iterable[str] | None = None) -> tuple[Any, ...]:  # type: ignore[override]
@@ -88,7 +95,19 @@ class DPOKParser(TrlParser):
         if preset is not None:
             self.set_defaults_with_config(**{**self._preset_values(preset, args, settings), **settings})
         namespace, unknown = self.parse_known_args(list(args))
-        return (*(_made(kind, namespace) for kind in self.dataclass_types), unknown)
+        objects = [_made(kind, namespace) for kind in self.dataclass_types]
+        if file is not None and "model" not in settings and not _names(args, "--model"):
+            self._refuse_no_model(file)
+        return (*objects, unknown)
+
+    def _refuse_no_model(self, file: str) -> None:
+        """What somebody has written settings for is not the demo, which a script without any argument trains: a run that was made in Python leaves a
+        `config.yaml` that names no model."""
+        if ScriptArguments in self.dataclass_types:
+            raise ValueError(
+                f"{file} names no model, and neither does --model: give --model, --reward and --prompts, or write them into the file. "
+                f"--model {DEMO} is the pipeline that is shipped."
+            )
 
     def settings(self) -> list[str]:
         """Names of all settings, in their order."""
@@ -134,6 +153,9 @@ class DPOKParser(TrlParser):
 
     def _read(self, file: str) -> dict[str, Any]:
         """The settings of a YAML file, each of the type of its field."""
+        if not Path(file).is_file():
+            what = "is a folder" if Path(file).is_dir() else "does not exist"
+            raise FileNotFoundError(f"--config {file}: that {what}. Give a YAML file of settings.")
         try:
             content = yaml.load(Path(file).read_text(encoding="utf-8"), _EachKeyOnce)
         except yaml.YAMLError as error:
@@ -155,6 +177,10 @@ class DPOKParser(TrlParser):
             if not fits:
                 raise ValueError(f"{file}: {name} = {value!r}, but it must be {_in_words(hint)}.")
         return read
+
+
+def _names(args: Iterable[str], flag: str) -> bool:
+    return any(word.partition("=")[0] == flag for word in args)
 
 
 def _made(kind: Any, namespace: Any) -> Any:
@@ -200,7 +226,8 @@ def _nearest(name: str, names: Sequence[str], dashes: str = "") -> str:
 
 @dataclass
 class ScriptArguments:
-    """What a training script asks for besides [`DPOKConfig`]. For the model "demo" everything else has a value already.
+    """What a training script asks for besides [`DPOKConfig`]. For the model "demo", which is the default without a file of settings, everything else has a value
+    already.
 
     Raises:
         `ValueError`: Without a reward or prompts for another model.
@@ -247,6 +274,12 @@ class ScriptArguments:
                 raise ValueError(f"--model {self.model} needs --{name}, such as --{name} {example}.")
         if self.eval_reward and not self.eval_prompts:
             raise ValueError("--eval_reward is of use with --eval_prompts only: give both, or neither.")
+
+    def record(self, trainer: DPOKTrainer) -> None:
+        """Lets the `config.yaml` of the run name them too, so that `--config` with that file starts the same run. Without `preset`: all that it sets stands there."""
+        if trainer.run_log is not None:  # on the main process
+            named = ("model", "reward", "prompts", "eval_prompts", "eval_reward")
+            trainer.run_log.arguments = {name: getattr(self, name) for name in named if getattr(self, name)}
 
     def training_prompts(self) -> list[Prompt]:
         """(prompt, metadata) pairs, for `prompt_function`."""
