@@ -8,10 +8,12 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 
+from dpok_trl.demo import demo_pipeline_path
 from dpok_trl.results import model_card
 from dpok_trl.results.card_text import METHODS, plain
+from dpok_trl.results.hub import card_for
 from dpok_trl.results.model_card import RunFacts, TrainedReward, base_licence, hub_id, write_model_card
-from dpok_trl.results.provenance import command_line, git_commit, public_settings, versions
+from dpok_trl.results.provenance import command_line, git_commit, public_model, public_settings, versions
 from dpok_trl.results.runlog import RunLog, read_metrics
 from dpok_trl.results.samples import Samples, write_samples
 from dpok_trl.rewards.info import RewardInfo
@@ -248,11 +250,54 @@ def test_the_training_is_told(write):
     assert told["trained"] == "LoRA of rank 4 and alpha 8 on unet (1,234 parameters)"
     assert told["epochs, optimizer steps"] == "3, 6" and told["images"] == "192"
     assert told["mean reward of the images, first → last epoch"] == "0.25 → 0.75"
-    assert told["KL of a denoising path, last epoch"] == "3.5 nats"
+    assert told["path KL, mean over the updates of the last epoch"] == "3.5 nats"
     assert (told["time"], told["hardware"]) == ("1:02:03", "2 × GPU; bfloat16 weights")
     assert "* “a cat”\n* “a dog”\n" in text
     assert ["taste", "what people like", "CC-BY 4.0"] in rows(text)
     assert all(f"{name} {version}" in text for name, version in versions().items())
+
+
+def test_the_path_kl_stands_once(write, run):
+    evaluated(run)
+    card = write()
+    assert "path KL (nats)" in section(card, "Scores") and "3.5 nats" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("kept", "label", "value"),
+    [
+        ([0, 1, 2], "mean reward of the images, first → last epoch", "0.25 → 0.75"),
+        ([0], "mean reward of the images", "0.25"),
+        (
+            [1, 2],
+            "mean reward of the images, epoch 1 → 2 (the first is 0; earlier ones are not in this folder)",
+            "0.50 → 0.75",
+        ),
+        ([2], "mean reward of the images, epoch 2 (the first is 0; earlier ones are not in this folder)", "0.75"),
+    ],
+)
+def test_the_epochs_of_a_resumed_run_are_those_that_are_known(kept, label, value, write, run):
+    lines = [line for line in read_metrics(run) if line["epoch"] in kept]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = {name: found for name, found in (row for row in rows(section(write(), "Training")) if len(row) == 2)}
+    assert {name: found for name, found in told.items() if "reward of" in name} == {label: value}
+
+
+def test_the_code_of_a_local_model_has_a_path_to_it(write):
+    card = write(model_name="model")
+    assert card.text.startswith("\n# model\n")
+    assert 'load_lora_weights("path/to/model")' in card.text and 'dpok_trl.load_tuned("path/to/model")' in card.text
+    pushed = card_for(card.content, "me/rabbit")
+    assert 'load_lora_weights("me/rabbit")' in pushed and 'load_tuned("me/rabbit")' in pushed
+    assert "\n# me/rabbit\n" in pushed and "path/to/model" not in pushed
+
+
+def test_one_is_no_plural(write, run):
+    one = set_entry("training", ["a cat"], {"taste": reward_entry(0.5, 0.75)})
+    evaluated(run, {"training": one | {"images": 1, "images_per_prompt": 1, "diversity": None}}, epoch=0, step=2)
+    card = write(epochs=1)
+    assert "after 1 of 1 epoch (optimizer step 2 of 6)" in card.text
+    assert {result.dataset_name for result in card.data.eval_results} == {"training (1 prompt, 1 image)"}
 
 
 def test_ten_prompts_of_many_are_told(write):
@@ -403,6 +448,13 @@ class Pipe:
     def __call__(self, *args, **kwargs):
         self.called.append((args, kwargs))
         return self
+
+
+def test_where_a_model_is_from(tmp_path):
+    (tmp_path / "base").mkdir()
+    assert public_model(str(demo_pipeline_path())) == "the shipped demo pipeline"
+    assert public_model(str(tmp_path / "base")) == public_model(str(tmp_path / "gone" / "base")) == "base"
+    assert public_model("someone/base") == "someone/base"
 
 
 def test_plain_text():

@@ -217,11 +217,33 @@ def test_every_kind_of_metric_has_its_panel():
         {"step": 1, "epoch": 0, "policy/mask_fraction": 0.5, "sft/mse": 1.0, "kl_o": 0.1},
         {"step": 1, "epoch": 0, "eval/held-out/clip/score/base": 0.2, "eval/held-out/clip/score/tuned": 0.4,
          "eval/held-out/clip/score/difference": 0.2, "eval/held-out/kl": 3.0, "eval/held-out/diversity": 0.5},
+        {"step": 2, "epoch": 1, "eval/held-out/clip/score/base": 0.2, "eval/held-out/clip/score/tuned": 0.5, "eval/held-out/kl": 4.0},
     ]  # fmt: skip
     assert [panel.title for panel in panels_of(lines)] == [
         "Reward while training", "clip/score on held-out", "Path KL to the pretrained model", "Masked transitions",
         "Squared error", "Distance from the pretrained output", "Value function",
     ]  # fmt: skip
+
+
+def test_a_single_evaluation_is_no_curve():
+    training = [{"step": step, "epoch": step, "reward": 0.5} for step in range(2)]
+    one = {"step": 2, "epoch": 1, "eval/new/clip/base": 0.2, "eval/new/clip/tuned": 0.4, "eval/new/kl": 3.0}
+    assert [panel.title for panel in panels_of([*training, one])] == ["Reward while training"]
+    titles = [panel.title for panel in panels_of([*training, {**one, "kl_path": 2.5}])]
+    assert titles == ["Reward while training", "Path KL to the pretrained model"]  # a curve to compare it with
+    two = [*training, one, {**one, "step": 3, "epoch": 2}]
+    assert len(panels_of(two)) == 3
+
+
+def test_the_epochs_of_a_run_that_went_on_in_another_folder(tmp_path):
+    log = RunLog(tmp_path)
+    for epoch in (3, 4):
+        log.log({"epoch": epoch, "reward": 0.5, "images": 8 * epoch, "time/rollout": 2.0}, 2 * epoch)
+    text = Page(render_report(tmp_path).read_text()).text
+    assert (
+        "5 epochs (epochs 3 to 4 are in this folder, the first of the run is 0), 8 optimizer steps, 32 images" in text
+    )
+    assert "Time in all phases of these epochs" in text
 
 
 def test_panels_say_their_values_in_words():

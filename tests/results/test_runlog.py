@@ -230,6 +230,32 @@ def test_a_ddpo_image_hook_works_without_a_tracker(tmp_path):
     ]
 
 
+def test_a_hook_may_log_arrays_and_pictures(tmp_path):
+    tensor = torch.randint(256, (2, 3, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    last = tensor.permute(0, 2, 3, 1).numpy()
+    pictures = [Image.fromarray(one) for one in last]
+    log = RunLog(tmp_path)
+    given = {
+        "tensors": tensor, "first": tensor.numpy(), "last": last, "floats": last / 255, "one": last[0], "list": list(last),
+        "pil": pictures[0], "pils": pictures, "mixed": [pictures[0], tensor[1]],
+    }  # fmt: skip
+    log.log_images(given)
+    folder = tmp_path / "samples" / "hook"
+    for index, name in enumerate(given):
+        paths = sorted(folder.glob(f"{index:02d}-{name}*.png"))
+        assert len(paths) == (1 if name in ("one", "pil") else 2)
+        for path, expected in zip(paths, last, strict=False):
+            assert np.array_equal(np.asarray(Image.open(path)), expected), name
+    for wrong, words in [
+        (torch.rand(5, 5), r"a Tensor of shape \(5, 5\) and torch.float32 for 'x'"),
+        (np.zeros((4, 5, 3), dtype=np.int64), r"a ndarray of shape \(4, 5, 3\) and int64"),
+        ("a.png", "a str for 'x'"),
+        ([pictures[0], None], "a NoneType for 'x'"),
+    ]:
+        with pytest.raises(TypeError, match=f"log_images got {words}.* and lists of these"):
+            log.log_images({"x": wrong})
+
+
 def test_lines_are_plain_json_when_finite(tmp_path):
     RunLog(tmp_path).log({"time/rollout": 1.5}, step=1)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "time/rollout": 1.5}

@@ -176,7 +176,9 @@ def card_for(text: str, repo_id: str) -> str:
     named = re.search(r'(?:load_lora_weights|load_tuned|PeftModel\.from_pretrained)\((?:pipe\.\w+, )?"([^"]+)"', text)
     if named is None or named[1] == repo_id:
         return text
-    title = re.sub(rf"^# {re.escape(named[1].removeprefix(LOCAL))}$", lambda _: f"# {repo_id}", text, count=1, flags=re.MULTILINE)
+    title = re.sub(
+        rf"^# {re.escape(named[1].removeprefix(LOCAL))}$", lambda _: f"# {repo_id}", text, count=1, flags=re.MULTILINE
+    )
     return title.replace(f'"{named[1]}"', f'"{repo_id}"')
 
 

@@ -78,6 +78,13 @@ def command_line(arguments: Sequence[str] | None = None) -> str | None:
     return " ".join("***" if word == "***" else shlex.quote(word) for word in shown)
 
 
+def public_model(source: str) -> str:
+    """Where a model was loaded from, as everybody may see it: a Hub id, the last part of a folder, or in words the pipeline that this package ships."""
+    if Path(source).is_relative_to(Path(__file__).parents[1]):
+        return "the shipped demo pipeline"
+    return Path(source).resolve().name if Path(source).is_dir() else public_word(source)
+
+
 def git_commit() -> str | None:
     """The commit of the folder that the run was started in, and whether files differ from it; `None` where there is none to tell."""
     try:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from PIL import Image
@@ -116,22 +117,49 @@ class RunLog:
         temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, self.folder / CONFIG_FILE)
 
-    def log_images(self, values: Mapping[str, torch.Tensor], step: int | None = None) -> None:
+    def log_images(self, values: Mapping[str, Any], step: int | None = None) -> None:
         """Writes PNGs to `samples/hook/`: what DDPO's image hooks call on a tracker, for a run without one.
 
         Args:
-            values (`Mapping[str, torch.Tensor]`): A name and an image `(3, H, W)` or images `(B, 3, H, W)`, in [0, 1] or uint8.
+            values (`Mapping[str, Any]`): A name and images, as accelerate's trackers take them: tensors `(3, H, W)` or `(B, 3, H, W)`, arrays of these shapes or
+                `(H, W, 3)` or `(B, H, W, 3)`, in [0, 1] or uint8; `PIL.Image.Image`; or a list of any of them.
             step (`int`, *optional*): Goes into the file names.
+
+        Raises:
+            `TypeError`: For anything else.
         """
         folder = self.folder / "samples" / "hook"
         folder.mkdir(parents=True, exist_ok=True)
         prefix = "" if step is None else f"step-{step:06d}-"
         for index, (name, value) in enumerate(values.items()):
-            pictures = to_pil(value if value.ndim == 4 else value[None])
+            pictures = _hook_pictures(name, value)
             slug = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:80]  # names are prompts, with any character in them
             for number, picture in enumerate(pictures):
                 suffix = f"-{number:02d}" if len(pictures) > 1 else ""
                 picture.save(folder / f"{prefix}{index:02d}-{slug}{suffix}.png")
+
+
+def _hook_pictures(name: str, value: Any) -> list[Image.Image]:
+    """What a hook logs under one name, as [`RunLog.log_images`] takes it."""
+    if isinstance(value, (list, tuple)):
+        return [picture for one in value for picture in _hook_pictures(name, one)]
+    if isinstance(value, Image.Image):
+        return [value.convert("RGB")]
+    images = value
+    if isinstance(value, np.ndarray) and (value.dtype == np.uint8 or np.issubdtype(value.dtype, np.floating)):
+        images = torch.from_numpy(np.ascontiguousarray(value))
+        if images.ndim in (3, 4) and images.shape[-1] == 3:  # arrays have their channels last, as pictures do
+            images = images.movedim(-1, -3)
+    is_tensor = isinstance(images, torch.Tensor) and (images.is_floating_point() or images.dtype == torch.uint8)
+    if is_tensor and images.ndim in (3, 4) and images.shape[-3] == 3:
+        return to_pil(images if images.ndim == 4 else images[None])
+    shape = (
+        f" of shape {tuple(value.shape)} and {value.dtype}" if isinstance(value, (np.ndarray, torch.Tensor)) else ""
+    )
+    raise TypeError(
+        f"log_images got a {type(value).__name__}{shape} for {name!r}. It takes tensors (3, H, W) or (B, 3, H, W), arrays of these shapes or (H, W, 3) or (B, H, W, 3), "
+        "of floats in [0, 1] or uint8, PIL pictures, and lists of these."
+    )
 
 
 def _writable(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

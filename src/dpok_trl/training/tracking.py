@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from dpok_trl.results.evaluation import Evaluation
 from dpok_trl.results.pictures import to_pil
-from dpok_trl.results.provenance import command_line
+from dpok_trl.results.provenance import command_line, public_model
 from dpok_trl.results.report import describe_run, render_report
 from dpok_trl.results.runlog import without_secrets
 from dpok_trl.results.samples import SAMPLES_PER_EPOCH, Samples
@@ -99,7 +99,7 @@ def begin_report(trainer: DPOKTrainer) -> None:
     describe_run(
         trainer.output_dir,
         title=f"{trainer.output_dir.resolve().name}: {', '.join(trainer.rewards.names)}",
-        summary=f"{pipeline}{f' ({base})' if base else ''}, tuned on the reward {', '.join(trainer.rewards.names)} by {type(trainer).__name__}.",
+        summary=f"{pipeline}{f' ({public_model(base)})' if base else ''}, tuned on the reward {', '.join(trainer.rewards.names)} by {type(trainer).__name__}.",
         command=command_line(),
         config=without_secrets(config.to_dict()),
         facts={
