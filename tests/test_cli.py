@@ -41,8 +41,10 @@ def test_version(capsys):
         (["dmeo"], "invalid choice: 'dmeo'"),
         (
             ["demo", "--epoch", "3"],
-            "unrecognized arguments: --epoch 3",
+            "unrecognized arguments: --epoch 3. Did you mean --epochs?",
         ),  # no abbreviations: they break when options are added
+        (["demo", "--num_epochs", "3"], "unrecognized arguments: --num_epochs 3. Did you mean --epochs?"),
+        (["demo", "--zzz", "3", "--epochs", "1"], "unrecognized arguments: --zzz 3\n"),
         (["demo", "--reward", "nice"], "invalid choice: 'nice'"),
         (["demo", "--epochs", "0"], "argument --epochs: 0 is not at least 1"),
         (["demo", "--images", "two"], "argument --images: invalid"),
@@ -147,6 +149,19 @@ def test_exit_codes_of_a_command(monkeypatch, capsys, error, code):
     monkeypatch.setattr(command, "run", run)
     assert cli.main(["demo"]) == code
     assert capsys.readouterr().err.count("\n") == (2 if code == 130 else 1)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_interrupted_demo_does_not_advise_a_resume(monkeypatch, capsys, tmp_path, begun):
+    def stopped(args, started):
+        if begun:
+            args.output.mkdir()
+        raise KeyboardInterrupt("stopped after epoch 1 of 2. To go on: dpok-trl train --resume_from ...")
+
+    monkeypatch.setattr(command, "_run", stopped)
+    assert cli.main(["demo", "--output", str(tmp_path / "run")]) == 130
+    again = ". The demo cannot be resumed: start it again with another --output" if begun else ""
+    assert capsys.readouterr().err == f"\ndpok-trl demo: interrupted{again}\n"
 
 
 def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):

@@ -7,6 +7,7 @@ A command is a module with `HELP` (one line), `add_arguments(parser)` and `run(a
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -97,7 +98,10 @@ class CommandParser(argparse.ArgumentParser):
             return namespace, []
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            flag = unknown[0].partition("=")[0].replace("_", "-")
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1) if flag.startswith("--") else []
+            hint = f". Did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return namespace, unknown
 
 

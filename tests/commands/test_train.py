@@ -132,6 +132,20 @@ def test_a_wrong_file_is_named_and_debug_shows_where(capsys, tmp_path):
         cli.main([*argv, "--debug"])
 
 
+def test_a_tracker_that_cannot_start_is_one_line(trained, monkeypatch, capsys, tmp_path):
+    def fail(self):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.start", fail)
+    argv = ["--model", str(trained[0]), "--reward", "jpeg-incompressibility", "--prompts", "a cat", *TINY]
+    assert cli.main(["train", *argv, "--log_with", "tensorboard", "--output_dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "train: error: a tracker could not be started (log_with = 'tensorboard'): ConnectionError: no route." in error
+    )
+    assert "Traceback" not in error
+
+
 def test_ctrl_c_is_130(monkeypatch, capsys):
     def interrupted(script, config):
         raise KeyboardInterrupt

@@ -63,8 +63,12 @@ def run(args: argparse.Namespace) -> int:
 
     parse_prompt(args.prompt)  # before anything is loaded
     refuse_other_run(args.output)
-    with only_errors():
-        return _run(args, started)
+    try:
+        with only_errors():
+            return _run(args, started)
+    except KeyboardInterrupt:  # a training says how to resume it, which this command does not
+        again = ". The demo cannot be resumed: start it again with another --output" if args.output.exists() else ""
+        raise KeyboardInterrupt(f"interrupted{again}") from None
 
 
 def _run(args: argparse.Namespace, started: float) -> int:

@@ -32,11 +32,15 @@ WITHOUT_LOGIN = {
 }
 
 
+class TrackerError(RuntimeError):
+    """A tracker cannot be started; the message says what to do."""
+
+
 def start_trackers(accelerator: Accelerator, config: DPOKConfig) -> None:
     """Called on all processes when training begins, and again when it is called again: trackers are closed at its end.
 
     Raises:
-        `RuntimeError`: If a tracker cannot be started, on all processes; it says what to do.
+        [`TrackerError`]: If a tracker cannot be started; on the other processes `RuntimeError`. It says what to do.
     """
     settings = without_secrets(config.to_dict())
     accelerator.trackers.clear()  # those of an earlier `train` are closed, and would be logged to again
@@ -54,7 +58,7 @@ def start_trackers(accelerator: Accelerator, config: DPOKConfig) -> None:
                 todo.append(
                     f"log_with = 'all' takes every tracker that is installed ({', '.join(names)}): name the one that you want."
                 )
-            raise RuntimeError(
+            raise TrackerError(
                 " ".join([f"a tracker could not be started (log_with = '{config.log_with}'): {type(raised).__name__}: {raised}.", *todo,
                           "Without log_with everything is in output_dir: metrics.jsonl, samples and report.html."])
             ) from raised  # fmt: skip
