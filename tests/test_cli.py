@@ -230,6 +230,8 @@ def check_what_a_demo_leaves(output, epochs, images):
         "card",
         "dpok_config.json",
     }
+    card = (output / "lora" / "README.md").read_text()
+    assert "Apache-2.0 (this package)" in card and "overlooks: " in card and "not one that dpok-trl ships" not in card
     for name in ("report.html", "grid.png", "curves.png", "samples/epoch-0000.png"):
         assert (output / name).stat().st_size > 1000
     assert "kl_weight" in (output / "report.html").read_text()

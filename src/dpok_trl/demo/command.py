@@ -74,14 +74,14 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, started: float) -> int:
     print("Loading ...", flush=True)
     from dpok_trl.demo import load_demo_pipeline
-    from dpok_trl.demo.world import REWARDS
+    from dpok_trl.rewards.registry import load_reward
     from dpok_trl.training.trainer import DPOKTrainer
 
     threads = limit_threads()
     config = demo_config(args.output, args.epochs, args.kl_weight, args.seed, args.images)
     trainer = DPOKTrainer(
         config,
-        {args.reward: REWARDS[args.reward]},
+        {args.reward: load_reward(f"demo-{args.reward}")},  # the shipped one, so that the model card knows it
         [args.prompt],
         load_demo_pipeline(),
         peft_config=demo_lora_config(),
