@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 from dpok_trl import DPOKConfig, DPOKParser, DPOKTrainer, ScriptArguments
-from dpok_trl.demo import demo_pipeline_path
 from dpok_trl.demo.command import demo_lora_config
 
 
@@ -27,17 +26,15 @@ def main() -> None:
     if script.eval_prompts and not config.eval_freq:
         config.eval_freq = config.num_epochs  # compare with the pretrained model once, at the end
 
-    model, lora = script.model, None  # None: an adapter of `train_lora_rank` on the attention layers
-    if model == "demo":
-        model = demo_pipeline_path()
-        if config.train_use_lora and config.train_lora_rank is None and config.train_lora_alpha is None:
-            lora = demo_lora_config()
+    lora = None  # an adapter of `train_lora_rank` on the attention layers
+    if script.model == "demo" and config.train_use_lora and config.train_lora_rank is config.train_lora_alpha is None:
+        lora = demo_lora_config()
 
     trainer = DPOKTrainer(
         config,
         script.reward,  # names, "module:function", addresses; a function of yours may stand here
         script.training_prompts(),
-        model,
+        script.model,
         peft_config=lora,
         eval_prompts=script.evaluation_prompts(),
         eval_reward_function=script.eval_reward,

@@ -34,7 +34,7 @@ QUICK = ["--steps", "3", "--device", "cpu"]
 
 def next_config(printed):
     """The settings of the line that says what to do next."""
-    return eval(re.search(r"^Next: DPOKTrainer\((DPOKConfig\(.*?\)), reward, ", printed, re.M)[1])
+    return eval(re.search(r'^Next: DPOKTrainer\((DPOKConfig\(.*?\)), (?:reward|"demo-soft"), ', printed, re.M)[1])
 
 
 @pytest.fixture
@@ -58,9 +58,20 @@ def test_the_demo_pipeline_passes_and_the_numbers_are_those_of_check_pipeline(ca
     table = [line.split() for line in printed.splitlines() if re.match(r" +\d", line)]
     assert [row[3:5] for row in table] == [["0", "1"]] * 3
     assert "It can be tuned: each of the 3 stochastic steps" in printed
-    assert "demo_pipeline_path()" in printed
     config = next_config(printed)
     assert (config.sample_num_steps, config.sample_guidance_scale) == (3, 2.0)
+
+
+def test_the_run_after_a_check_of_the_demo(tmp_path, capsys, fresh_accelerate):
+    assert cli.main(["check", "demo", *QUICK]) == 0
+    printed = capsys.readouterr().out
+    imports = re.search(r"In Python: (from dpok_trl import .*)", printed)[1]
+    namespace = {}
+    exec(imports, namespace)
+    [line] = re.findall(r"^Next: (DPOKTrainer\(.*\))\.train\(\)$", printed, re.M)
+    trainer = eval(line.replace("DPOKConfig(", f"DPOKConfig(output_dir={str(tmp_path)!r}, ", 1), namespace)
+    trainer.train(1)
+    assert trainer.last_metrics["images"] > 0 and trainer.rewards.names == ["demo-soft"]
 
 
 def test_every_option_reaches_the_check(saved, capsys, monkeypatch):
@@ -433,4 +444,4 @@ def test_an_unknown_option_shows_the_usage_of_the_command(capsys):
         cli.main(["check", "demo", "--stepps", "3"])
     error = capsys.readouterr().err
     assert stop.value.code == cli.USER_ERROR
-    assert error.startswith("usage: dpok-trl check ") and error.endswith("unrecognized arguments: --stepps 3\n")
+    assert error.startswith("usage: dpok-trl check ") and error.endswith("unrecognized arguments: --stepps 3. Did you mean --steps?\n")

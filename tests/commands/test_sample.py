@@ -60,14 +60,28 @@ def test_the_base_is_what_the_checkpoint_says(trained, tmp_path, capsys):
     ("argv", "words"),
     [
         (["nowhere"], "nowhere"),
+        (
+            ["RUN/model"],
+            "RUN/model says which pipeline this was trained on: give it with --base (--base demo for the one",
+        ),
         (["RUN", "--output", "grid.pdff"], "--output grid.pdff is no name of a picture: give one that ends in .png"),
         (["RUN", "--prompts", "nowhere.csv"], "there is no file nowhere.csv."),
     ],
 )
 def test_mistakes(trained, capsys, argv, words):
-    argv = [str(trained[1]) if word == "RUN" else word for word in argv]
+    run = str(trained[1])
+    argv = [word.replace("RUN", run) for word in argv]
     assert cli.main(["sample", argv[0], "--prompts", "a cat", *argv[1:]]) == 2
-    assert words in capsys.readouterr().err
+    assert words.replace("RUN", run) in capsys.readouterr().err
+
+
+def test_without_a_base_the_name_that_was_typed_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dpok_trl.policy.saved.snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    for name in ("sample", "evaluate"):
+        more = [] if name == "sample" else ["--reward", "jpeg-incompressibility", "--output", str(tmp_path / "out")]
+        assert cli.main([name, "me/rabbit", "--prompts", "a cat", *more]) == 2
+        error = capsys.readouterr().err
+        assert " in me/rabbit says which pipeline this was trained on" in error and str(tmp_path) not in error
 
 
 @pytest.mark.parametrize("option", [["--images", "0"], ["--seeds", "-1"], ["--images", "2", "--seeds", "1"]])

@@ -111,6 +111,7 @@ def test_the_file_that_a_run_leaves_starts_the_same(trained):
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--reward", "image-rewrd"], "there is no reward named 'image-rewrd'. Did you mean 'image-reward'?"),
         (["--model", "nothing/here", "--reward", "ocr", "--prompts", "x"], "nothing/here"),
+        (["--resume_from", "nowhere"], "nothing to resume from at 'nowhere': there is no such folder"),
         (["--cpu", "--num_processes", "2"], "would start one process instead of 2"),
     ],
 )
@@ -120,6 +121,18 @@ def test_a_mistake_is_one_line(capsys, tmp_path, argv, words):
     captured = capsys.readouterr()
     error = [line for line in captured.err.splitlines() if line.startswith("dpok-trl train: error: ")]
     assert len(error) == 1 and words in error[0] and "Traceback" not in captured.err
+
+
+def test_what_to_resume_from_is_looked_for_before_a_model_is_loaded(capsys):
+    argv = ["--model", "nothing/here", "--reward", "ocr", "--prompts", "x", "--resume_from", "nowhere"]
+    assert cli.main(["train", *argv]) == 2
+    assert "nothing to resume from at 'nowhere'" in capsys.readouterr().err
+
+
+def test_a_run_is_no_pipeline(trained, capsys, tmp_path):
+    argv = ["--model", str(trained[1]), "--reward", "ocr", "--prompts", "x", "--output_dir", str(tmp_path / "run")]
+    assert cli.main(["train", *argv]) == 2
+    assert f"error: {trained[1]} is what a training left (a run, a checkpoint" in capsys.readouterr().err
 
 
 def test_a_wrong_file_is_named_and_debug_shows_where(capsys, tmp_path):

@@ -101,6 +101,25 @@ def test_a_run_gives_its_newest_whole_checkpoint_on_the_base_that_it_names(base,
     assert torch.equal(image(load_tuned(tmp_path)), image(pipe))
 
 
+def test_the_shipped_pipeline_as_the_base(tmp_path):
+    from dpok_trl.demo import load_demo_pipeline
+
+    def picture(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a red square", num_inference_steps=2, generator=generator, output_type="pt").images
+
+    pipe = trained(load_demo_pipeline(), tmp_path)
+    expected = picture(pipe)
+    assert torch.equal(picture(load_tuned(tmp_path, base="demo", device="cpu")), expected)
+    # a checkpoint of it, from a machine where this package lies elsewhere
+    for folder in ("/opt/lib/dpok_trl/demo/assets/pipeline", "C:\\lib\\dpok_trl\\demo\\assets\\pipeline"):
+        (tmp_path / "trainer_state.json").write_text(json.dumps({"base_model": folder}))
+        assert base_model(tmp_path) == "demo"
+    assert torch.equal(picture(load_tuned(tmp_path, device="cpu")), expected)
+    assert not torch.equal(picture(load_demo_pipeline()), expected)
+
+
 @pytest.mark.parametrize(
     ("in_the_card", "expected"), [("a/b", "a/b"), (["a/b"], "a/b"), (["a/b", "c/d"], None), (None, None)]
 )
@@ -112,7 +131,8 @@ def test_the_base_in_a_card(in_the_card, expected, tmp_path):
 def test_errors_say_the_way_out(base, tmp_path):
     trained(stable_diffusion(), tmp_path / "lora")
     with pytest.raises(
-        ValueError, match=r"neither a model card nor .*Give it: load_tuned\('.*lora', base='owner/name'\)"
+        ValueError,
+        match=r"neither a model card nor .*Give it: load_tuned\('.*lora', base='owner/name'\), or base='demo' for",
     ):
         load_tuned(tmp_path / "lora")
     with pytest.raises(FileNotFoundError, match="there is no folder ./nowhere, and a Hub id has the form owner/name"):

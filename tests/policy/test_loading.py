@@ -1,6 +1,7 @@
 """Pipelines by name: loaded as they are."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tiny import nudge, stable_diffusion, stable_diffusion_xl
 from walks import image
 
 from dpok_trl import DPOKConfig, DPOKTrainer, check_pipeline
+from dpok_trl.demo import demo_pipeline_path
 from dpok_trl.policy.loading import load_pipeline
 from dpok_trl.policy.tuning import tune
 
@@ -48,11 +50,35 @@ def test_a_dtype_without_a_warning(tmp_path, caplog, recwarn):
     assert "torch_dtype" not in said and "ignored" not in said
 
 
+def test_demo_is_the_name_of_the_shipped_pipeline(tmp_path, monkeypatch):
+    stable_diffusion().save_pretrained(tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    assert load_pipeline("demo").config["_name_or_path"] == str(demo_pipeline_path())
+    for folder in ("./demo", Path("./demo").absolute()):
+        assert load_pipeline(folder).config["_name_or_path"] == str(folder)
+
+
 # --- names that lead nowhere ------------------------------------------------------------------------------------------
 
 
 class MyPipeline(StableDiffusionPipeline):
     pass
+
+
+@pytest.mark.parametrize(
+    "left", ["checkpoint-3/trainer_state.json", "pytorch_lora_weights.safetensors", "model/dpok_config.json"]
+)
+def test_what_a_training_left_is_no_pipeline(left, tmp_path):
+    with pytest.raises(OSError) as of_an_empty_folder:
+        load_pipeline(tmp_path)
+    assert "what a training left" not in str(of_an_empty_folder.value)
+    (tmp_path / left).parent.mkdir(exist_ok=True)
+    (tmp_path / left).touch()
+    for folder in {tmp_path, (tmp_path / left).parent}:
+        with pytest.raises(
+            FileNotFoundError, match="is what a training left .* Give the pipeline that it was trained"
+        ):
+            load_pipeline(str(folder))
 
 
 def test_a_class_that_is_not_of_diffusers(tmp_path):

@@ -202,19 +202,18 @@ def load(model: str, dtype: str | None) -> DiffusionPipeline:
         `FileNotFoundError`: For what can only be a folder, and is none.
         `ValueError`: For a single file.
     """
-    from dpok_trl.demo import demo_pipeline_path
     from dpok_trl.policy.loading import load_pipeline
 
     path = Path(model).expanduser()
     if model == DEMO:
-        path = demo_pipeline_path()
-    elif path.is_file():
+        return load_pipeline(DEMO, dtype)
+    if path.is_file():
         raise ValueError(
             f"{model} is a single file. Load it with the `from_single_file` of its pipeline's class, write it with `save_pretrained`, and give that folder."
         )
-    elif path.is_dir() and not (path / "model_index.json").exists():
+    if path.is_dir() and not (path / "model_index.json").exists():
         raise FileNotFoundError(f"{model} holds no model_index.json: it is no folder of a whole diffusers pipeline.")
-    elif not path.is_dir() and (model.startswith((".", "~", "/")) or model.count("/") != 1):
+    if not path.is_dir() and (model.startswith((".", "~", "/")) or model.count("/") != 1):
         raise FileNotFoundError(
             f"there is no folder {model}, and a Hub id has the form owner/name. Give one of them, or '{DEMO}'."
         )
@@ -299,7 +298,10 @@ def verdict(report: PipelineReport, args: argparse.Namespace, call: dict[str, An
         lines.append(
             f"Small steps have large gradients: with step {which} left out (sample_min_std={dominant:g}) an update is shared by the others."
         )
-    model = "demo_pipeline_path()" if args.model == DEMO else f'"{args.model}"'
+    model, reward, prompts = f'"{args.model}"', "reward", "prompts"
+    if args.model == DEMO:  # everything is there: the line can be run as it stands
+        reward, prompts = '"demo-soft"', '["a green triangle"]'
+        lines.append("From the command line: dpok-trl train. In Python: from dpok_trl import DPOKConfig, DPOKTrainer")
     if scheduler_line is not None:
         lines.append(f"With this scheduler: {scheduler_line}")
         model = "pipe"
@@ -310,7 +312,7 @@ def verdict(report: PipelineReport, args: argparse.Namespace, call: dict[str, An
         lines.append(
             f"Prompts come with their pictures: prompts = [(prompt, {{{columns}}}) for prompt in {args.prompt or PROMPTS}]"
         )
-    lines.append(f"Next: DPOKTrainer(DPOKConfig({_settings(args, call)}), reward, prompts, {model}).train()")
+    lines.append(f"Next: DPOKTrainer(DPOKConfig({_settings(args, call)}), {reward}, {prompts}, {model}).train()")
     return "\n".join(lines)
 
 

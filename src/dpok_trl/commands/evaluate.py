@@ -64,7 +64,6 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from dpok_trl.demo import demo_pipeline_path
     from dpok_trl.policy.saved import base_model, find_model
     from dpok_trl.policy.saved_policy import load_policy
     from dpok_trl.results.drawing import refuse_less_than_one
@@ -84,11 +83,12 @@ def _run(args: argparse.Namespace) -> int:
     base = args.base or base_model(folder)
     if base is None:
         raise ValueError(
-            f"neither a model card nor a checkpoint in {folder} says which pipeline this was trained on: give it with --base."
+            f"neither a model card nor a checkpoint in {args.model} says which pipeline this was trained on: give it with --base (--base {DEMO} for the one that is "
+            "shipped)."
         )
     print(f"Loading {base} and {folder} ...", flush=True)
     policy = load_policy(
-        demo_pipeline_path() if base == DEMO else base,
+        base,
         folder,
         device,
         args.dtype,

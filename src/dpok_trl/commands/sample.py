@@ -55,7 +55,6 @@ def _run(args: argparse.Namespace) -> int:
     import torch
     from PIL.Image import registered_extensions
 
-    from dpok_trl.demo import demo_pipeline_path
     from dpok_trl.policy.saved import base_model, find_model
     from dpok_trl.policy.saved_policy import load_policy
     from dpok_trl.prompts.reading import read_prompts
@@ -69,11 +68,13 @@ def _run(args: argparse.Namespace) -> int:
     folder = find_model(args.model)
     base = args.base or base_model(folder)
     if base is None:
-        raise ValueError(f"nothing in {folder} says which pipeline this was trained on: give it with --base.")
+        raise ValueError(
+            f"nothing in {args.model} says which pipeline this was trained on: give it with --base (--base {DEMO} for the one that is shipped)."
+        )
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     print(f"Loading {base} and {folder} ...", flush=True)
     policy = load_policy(
-        demo_pipeline_path() if base == DEMO else base,
+        base,
         folder,
         device,
         args.dtype,

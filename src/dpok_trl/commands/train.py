@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
@@ -64,14 +65,16 @@ def make_parser() -> DPOKParser:
 
 def train(script: ScriptArguments, config: DPOKConfig) -> int:
     """One process of the run."""
-    from dpok_trl.demo import demo_pipeline_path
     from dpok_trl.demo.command import demo_lora_config, only_errors
+    from dpok_trl.policy.saved import find_checkpoint
     from dpok_trl.training.parsing import DEMO
 
     if "" not in sys.path:
         sys.path.insert(0, "")  # the module of a reward may lie in the current folder
     if script.eval_prompts and not config.eval_freq:
         config.eval_freq = config.num_epochs  # at the end
+    if config.resume_from:  # what is not there is told before a model is loaded
+        config.resume_from = str(find_checkpoint(Path(config.resume_from)))
     with only_errors():
         from dpok_trl.training.trainer import DPOKTrainer
 
@@ -81,7 +84,7 @@ def train(script: ScriptArguments, config: DPOKConfig) -> int:
             config,
             script.reward,
             script.training_prompts(),
-            demo_pipeline_path() if is_demo else script.model,
+            script.model,
             peft_config=demo_lora_config() if own_lora else None,
             eval_prompts=script.evaluation_prompts(),
             eval_reward_function=script.eval_reward,

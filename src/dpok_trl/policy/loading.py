@@ -13,7 +13,7 @@ from peft import LoraConfig
 from dpok_trl.policy.hooks import PipelineHooks
 from dpok_trl.policy.lora import adapter_name, prepare_adapter
 from dpok_trl.policy.lora_files import LORA_FILE, PEFT_FILE, file_of, load_lora, text_encoders_with_lora
-from dpok_trl.policy.saved import PIPELINE_FILE, base_model, find_model
+from dpok_trl.policy.saved import DEMO, PIPELINE_FILE, SHIPPED_PIPELINE, base_model, find_model, is_left_by_training
 from dpok_trl.policy.tuning import Tuned, tune
 
 
@@ -26,6 +26,7 @@ def load_pipeline(pipeline: DiffusionPipeline | str | Path, dtype: str | None = 
     """A pipeline, or one loaded from a Hub id or folder, as it is: rollouts walk on a scheduler of their own where its is no policy.
 
     Args:
+        pipeline (`DiffusionPipeline`, `str` or `Path`): "demo" is the one that is shipped, "./demo" a folder.
         dtype (`"fp32"`, `"bf16"` or `"fp16"`, *optional*): Of a pipeline that is loaded. Default: diffusers' own.
 
     Raises:
@@ -47,6 +48,8 @@ def load_pipeline(pipeline: DiffusionPipeline | str | Path, dtype: str | None = 
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r}, but it must be one of {', '.join(DTYPES)}.")
     given = {} if dtype is None else {DTYPE_ARGUMENT: DTYPES[dtype]}
+    if pipeline == DEMO:
+        pipeline = SHIPPED_PIPELINE
     try:
         return DiffusionPipeline.from_pretrained(str(pipeline), **given)
     except AttributeError as error:  # what diffusers raises for a class that it does not have
@@ -57,6 +60,11 @@ def load_pipeline(pipeline: DiffusionPipeline | str | Path, dtype: str | None = 
             f"the class {name} is not diffusers' own: load it yourself (`{name}.from_pretrained(...)`) and hand over the object."
         ) from error
     except OSError as error:
+        if is_left_by_training(Path(pipeline)):
+            raise FileNotFoundError(
+                f"{pipeline} is what a training left (a run, a checkpoint or a saved model), and no pipeline. Give the pipeline that it was trained on. To go on with a run: "
+                f"resume_from = '{pipeline}'; to draw: load_tuned('{pipeline}')."
+            ) from error
         if Path(pipeline).exists():
             raise
         raise OSError(f"there is no folder {pipeline} here, and as a Hub id: {error}") from error
@@ -74,8 +82,8 @@ def load_tuned(
         model (`str` or `Path`): A repository of the Hub, a saved model, a checkpoint, or the output folder of a run (its newest checkpoint).
         dtype (`"fp32"`, `"bf16"` or `"fp16"`, *optional*): Of the pipeline. Default: diffusers' own, which is fp32.
         device (`str` or `torch.device`, *optional*): Where to put it. Default: cuda where there is one, else cpu.
-        base (`DiffusionPipeline`, `str` or `Path`, *optional*): The pretrained pipeline, changed in place if it is an object. Default: what the model card or the
-            checkpoint says; a whole fine-tuned pipeline needs none.
+        base (`DiffusionPipeline`, `str` or `Path`, *optional*): The pretrained pipeline, changed in place if it is an object; "demo" for the shipped one. Default:
+            what the model card or the checkpoint says; a whole fine-tuned pipeline needs none.
 
     Raises:
         `FileNotFoundError`: If there is no such model, or nothing in it that fits the base.
@@ -89,8 +97,8 @@ def load_tuned(
         base = base_model(folder) if base is None else base
         if base is None:
             raise ValueError(
-                f"neither a model card nor a checkpoint in {folder} says which pipeline this was trained on (a card names no folder of somebody's computer). Give it: "
-                f"load_tuned('{model}', base='owner/name')."
+                f"neither a model card nor a checkpoint in {model} says which pipeline this was trained on (a card names no folder of somebody's computer). Give it: "
+                f"load_tuned('{model}', base='owner/name'), or base='{DEMO}' for the shipped pipeline."
             )
         pipe = load_pipeline(base, dtype)
         load_trained(pipe, folder, keep_pretrained=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import ModelCard, snapshot_download
@@ -21,6 +21,8 @@ CARD_FILE = "README.md"
 PIPELINE_FILE = "model_index.json"  # of a whole pipeline
 MODEL_FOLDER = "model"  # what a run pushes, in its output folder
 LAST_CHECKPOINT = "last-checkpoint"  # the newest one, in a repository of the Hub
+DEMO = "demo"  # name of the pipeline that this package ships
+SHIPPED_PIPELINE = Path(__file__).parents[1] / "demo" / "assets" / "pipeline"
 
 # By one of them a folder with what was trained is known.
 WEIGHTS = (LORA_FILE, PIPELINE_FILE, f"*/{PEFT_FILE}", "*/diffusion_pytorch_model*.safetensors")
@@ -61,7 +63,8 @@ def holds_model(folder: Path) -> bool:
 
 
 def base_model(folder: Path) -> str | None:
-    """What a saved model was made from, by its card or its checkpoint's state; `None` if neither says so."""
+    """What a saved model was made from, by its card or its checkpoint's state; `None` if neither says so. "demo" for the shipped pipeline, wherever this package
+    was installed when it was trained."""
     card, state = folder / CARD_FILE, folder / STATE_FILE
     base = None
     if card.is_file():
@@ -70,7 +73,16 @@ def base_model(folder: Path) -> str | None:
         base = json.loads(state.read_text()).get("base_model")
     if isinstance(base, list):  # as a card may have it
         base = base[0] if len(base) == 1 else None
+    shipped = SHIPPED_PIPELINE.parts[-4:]  # from the package's folder on
+    if base is not None and PureWindowsPath(base).parts[-4:] == shipped:  # it knows both separators
+        return DEMO
     return base
+
+
+def is_left_by_training(folder: Path) -> bool:
+    """Whether a folder that is no whole pipeline is a run, a checkpoint or a saved model."""
+    files = (LORA_FILE, STATE_FILE, CONFIG_FILE, f"{MODEL_FOLDER}/{CONFIG_FILE}")
+    return any((folder / name).is_file() for name in files) or any(folder.glob("checkpoint-*"))
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
@@ -98,6 +110,7 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint at `path`, or the newest whole one in it or (if `path` is half-written) beside it."""
     path = Path(path)
     is_checkpoint = is_checkpoint_name(path)
+    problem = "there is no checkpoint-<step> in it" if path.is_dir() else "there is no such folder"
     if is_checkpoint and (problem := what_is_missing(path)) is None:
         return path
     candidates = checkpoints_in(path.parent if is_checkpoint else path)[::-1]
@@ -113,7 +126,7 @@ def find_checkpoint(path: Path) -> Path:
         problems.append(f"{candidate} is not whole ({missing})")
     raise ValueError(
         f"nothing to resume from at '{path}': "
-        + ("; ".join(problems) if problems else (problem if is_checkpoint else "there is no checkpoint-<step> in it"))
+        + ("; ".join(problems) if problems else problem)
         + ". Give a checkpoint, a folder with checkpoints, or start without resume."
     )
 
