@@ -66,18 +66,18 @@ def make_parser() -> DPOKParser:
 def train(script: ScriptArguments, config: DPOKConfig) -> int:
     """One process of the run."""
     from dpok_trl.demo.command import demo_lora_config, only_errors
-    from dpok_trl.policy.saved import find_checkpoint
     from dpok_trl.training.parsing import DEMO
 
     if "" not in sys.path:
         sys.path.insert(0, "")  # the module of a reward may lie in the current folder
     if script.eval_prompts and not config.eval_freq:
         config.eval_freq = config.num_epochs  # at the end
-    if config.resume_from:  # what is not there is told before a model is loaded
-        config.resume_from = str(find_checkpoint(Path(config.resume_from)))
     with only_errors():
+        from dpok_trl.policy.saved import find_checkpoint
         from dpok_trl.training.trainer import DPOKTrainer
 
+        if config.resume_from:  # what is not there is told before a model is loaded
+            config.resume_from = str(find_checkpoint(Path(config.resume_from)))
         is_demo = script.model == DEMO
         own_lora = is_demo and config.train_use_lora and config.train_lora_rank is config.train_lora_alpha is None
         trainer = DPOKTrainer(
