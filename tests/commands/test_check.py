@@ -444,4 +444,6 @@ def test_an_unknown_option_shows_the_usage_of_the_command(capsys):
         cli.main(["check", "demo", "--stepps", "3"])
     error = capsys.readouterr().err
     assert stop.value.code == cli.USER_ERROR
-    assert error.startswith("usage: dpok-trl check ") and error.endswith("unrecognized arguments: --stepps 3. Did you mean --steps?\n")
+    assert error.startswith("usage: dpok-trl check ") and error.endswith(
+        "unrecognized arguments: --stepps 3. Did you mean --steps?\n"
+    )
