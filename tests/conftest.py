@@ -1,6 +1,7 @@
 """Settings that must hold before torch or a Hugging Face library is imported."""
 
 import os
+import signal
 
 
 # No test may need the network, and no library may report a test run to anybody.
@@ -10,6 +11,9 @@ os.environ["DO_NOT_TRACK"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 # Tokenizers would warn about every worker process that a test starts.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# A job that a shell has put in the background ignores Ctrl-C, and so would the runs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 

@@ -92,7 +92,7 @@ def test_the_saved_pipeline_gives_the_identical_image(make_trainer, tmp_path):
     index = json.loads((tmp_path / "model" / "model_index.json").read_text())
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "load_lora_weights" not in card and 'DiffusionPipeline.from_pretrained("model")' in card
+    assert "load_lora_weights" not in card and 'DiffusionPipeline.from_pretrained("path/to/model")' in card
     assert "- lora" not in card and "LoRA adapter" not in card
 
 

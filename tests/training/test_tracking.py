@@ -174,9 +174,10 @@ def test_trained_in_two_parts_is_logged_once(make_trainer, lines):
 
 
 def test_wandb_without_a_login_says_what_to_do(make_trainer, monkeypatch, tmp_path):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
+    wandb.teardown()  # what an earlier test has set up would be taken
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     trainer = make_trainer(log_with="wandb", tracker_kwargs={"wandb": {"dir": str(tmp_path)}})
