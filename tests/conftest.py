@@ -12,11 +12,11 @@ os.environ["WANDB_MODE"] = "disabled"
 # Tokenizers would warn about every worker process that a test starts.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# A job that a shell has put in the background ignores Ctrl-C, and so would the runs that tests interrupt.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import torch
 
 
 # Tiny tensors gain nothing from threads, and sums keep one order.
 torch.set_num_threads(1)
+
+# A job that a shell has put in the background ignores Ctrl-C, and so would the runs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
