@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,18 +54,23 @@ class TrainingBatch:
     references: dict[int, Gaussian | torch.Tensor] = field(default_factory=dict)
     charges: torch.Tensor | None = None
 
+    @cached_property
+    def _rows(self) -> torch.Tensor:
+        return torch.tensor(self.samples, device=self.advantages.device)
+
     def transitions(self, steps: Sequence[int], charge_weight: float = 0.0) -> Transitions:
         """One of each sample, at `steps`. `charge_weight`: beta / alpha, what a nat costs in units of the advantage."""
         advantages = self.advantages if self.charges is None else self.advantages - charge_weight * self.charges
         device = self.advantages.device
-        columns = torch.tensor([self.trajectory.steps.index(step) for step in steps], device=device)
-        rows = torch.tensor(self.samples, device=device)
+        places = [self.trajectory.steps.index(step) for step in steps]
+        # Mostly all the same: a number needs no upload, which would make a GPU wait.
+        column = places[0] if len(set(places)) == 1 else torch.tensor(places, device=device)
         return Transitions(
             trajectory=self.trajectory,
             samples=self.samples,
             steps=tuple(steps),
-            old_log_prob=self.trajectory.log_probs[rows, columns],
-            advantage=advantages[torch.arange(len(rows), device=device), columns],
+            old_log_prob=self.trajectory.log_probs[self._rows, column],
+            advantage=advantages[torch.arange(len(places), device=device), column],
             reference=_rows_at([self.references[step] for step in steps]) if self.references else None,
             old=_rows_at([self.old[step] for step in steps]) if self.old else None,
         )
