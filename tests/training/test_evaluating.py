@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny import nudge, stable_diffusion
 
-from dpok_trl import DPOKSFTConfig, DPOKSFTTrainer
+from dpok_trl import DPOKSFTConfig, DPOKSFTTrainer, RewardError
 from dpok_trl.results.drawing import EvaluationSampler, ModelSamples
 from dpok_trl.results.evaluation import Comparison, Evaluation, evaluate
 from dpok_trl.results.runlog import read_metrics
@@ -423,3 +423,13 @@ def test_an_evaluation_of_a_tuned_policy_without_training(make_trainer):
     nudge(trainer.policy.networks)
     assert trainer.evaluate(["a cat"], images_per_prompt=2).sets["prompts"].kl.mean > 0
     assert trainer.global_step == 0 and not (trainer.output_dir / "metrics.jsonl").exists()
+
+
+def test_what_was_trained_is_saved_where_an_evaluation_fails(make_trainer):
+    def fails(images, prompts, metadata):
+        raise ConnectionError("no route to host")
+
+    trainer = make_trainer(save_freq=0, eval_freq=1, eval_prompts=["a dog"], eval_reward_function=fails)
+    with pytest.raises(RewardError, match="no route to host"):
+        trainer.train()
+    assert [path.name for path in trainer.output_dir.glob("checkpoint-*")] == [f"checkpoint-{trainer.global_step}"]

@@ -90,11 +90,12 @@ class Evaluator:
         metrics = {"epoch": epoch, **evaluation.metrics(), **self._over_optimisation(evaluation, epoch)}
         trainer = self.trainer
         trainer._log({**metrics, "time/evaluation": time.monotonic() - started}, trainer.global_step)
-        if trainer.accelerator.is_main_process:
-            evaluation.save(trainer.output_dir / FOLDER)
-            grid = evaluation_grid(evaluation)
-            log_images_to(trainer.accelerator.trackers, FOLDER, [grid], [f"epoch {epoch}"], trainer.global_step)
-            report(trainer, evaluation)
+        with together(trainer.accelerator):
+            if trainer.accelerator.is_main_process:
+                evaluation.save(trainer.output_dir / FOLDER)
+                grid = evaluation_grid(evaluation)
+                log_images_to(trainer.accelerator.trackers, FOLDER, [grid], [f"epoch {epoch}"], trainer.global_step)
+                report(trainer, evaluation)
         return metrics
 
     def _over_optimisation(self, evaluation: Evaluation, epoch: int) -> dict[str, float]:

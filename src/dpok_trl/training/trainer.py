@@ -273,7 +273,7 @@ class DPOKTrainer(PublishingMixin):
             try:
                 metrics = self.evaluator.after_epoch(epoch, last=ends, asked=callbacks.control.should_evaluate)
             except Exception:
-                self.checkpoints.save()  # what was trained is not at fault; all processes are here
+                self.checkpoints.save()  # what was trained is not at fault; what fails in an evaluation fails on all processes
                 raise
             if metrics is not None:
                 callbacks.evaluated(metrics)
