@@ -34,10 +34,11 @@ from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 SRC = Path(__file__).resolve().parents[3] / "src"
 sys.path.insert(0, str(SRC))  # dpok_trl is not installed here; its world needs torch, numpy and PIL alone
 
-from dpok_trl.demo import demo_pipeline_path  # noqa: E402
-from dpok_trl.demo.world import soft_reward  # noqa: E402
 from evaluation import evaluate  # noqa: E402
 from result import Race, finish, peak_rss_mb, versions  # noqa: E402
+
+from dpok_trl.demo import demo_pipeline_path  # noqa: E402
+from dpok_trl.demo.world import soft_reward  # noqa: E402
 
 
 @dataclass

@@ -1,0 +1,92 @@
+"""Settings that the experiments have in common, spelled out: runs are recognised by them, and must not change with a preset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runner import Run
+
+
+TASKS = ("color", "count", "composition", "location")
+
+# Of the shipped pipeline: 1536 images in 24 rounds of 64. Five updates a round, each of 2 of the 10 steps of all 64 images.
+RL = {
+    "num_epochs": 24,
+    "sample_num_steps": 10,
+    "sample_eta": 1.0,
+    "sample_guidance_scale": 1.0,
+    "sample_batch_size": 64,
+    "sample_num_batches_per_epoch": 1,
+    "sample_grid_freq": 0,
+    "train_batch_size": 64,
+    "train_timesteps_per_update": 2,
+    "train_learning_rate": 2e-3,
+    "train_lr_scheduler": "cosine",
+    "train_adam_beta1": 0.9,
+    "train_adam_beta2": 0.99,
+    "train_adam_weight_decay": 1e-4,
+    "train_max_grad_norm": 1.0,
+    "train_log_prob_reduction": "sum",
+    "train_objective": "dpok",
+    "train_clip_range": 0.2,
+    "train_adv_type": "batch",
+    "train_adv_scale": True,
+    "train_adv_clip_max": 5.0,
+    "train_num_inner_epochs": 1,
+    "train_buffer_rounds": 1,
+    "kl_weight": 0.02,
+    "kl_type": "gaussian",
+    "kl_gradient": "paper",
+}
+
+# As many images, drawn once; one pass over them, at the steps that can be trained on (9 of 10), two in an update: about as many updates of as many
+# transitions as RL has.
+SFT = {
+    "num_epochs": 1,
+    "sample_num_steps": 10,
+    "sample_eta": 1.0,
+    "sample_guidance_scale": 1.0,
+    "sample_batch_size": 64,
+    "sample_num_batches_per_epoch": 24,
+    "train_batch_size": 64,
+    "train_timesteps_per_update": 2,
+    "train_learning_rate": 1e-3,
+    "train_lr_scheduler": "cosine",
+    "train_adam_beta1": 0.9,
+    "train_adam_beta2": 0.99,
+    "train_adam_weight_decay": 1e-4,
+    "train_max_grad_norm": 1.0,
+    "sft_loss": "reward_weighted",
+    "sft_kl": "none",
+}
+
+QUICK = {"num_epochs": 2, "sample_batch_size": 4, "train_batch_size": 4, "sample_num_steps": 3}
+IMAGES = 128  # of an evaluation
+QUICK_IMAGES = 4
+
+
+def rl(tasks: str | tuple[str, ...], seed: int, quick: bool = False, reward: str = "soft", **config: Any) -> Run:
+    return _run("rl", RL, tasks, seed, quick, reward, config)
+
+
+def sft(tasks: str | tuple[str, ...], seed: int, quick: bool = False, reward: str = "soft", **config: Any) -> Run:
+    return _run("sft", SFT, tasks, seed, quick, reward, config)
+
+
+def _run(
+    kind: str,
+    base: dict[str, Any],
+    tasks: str | tuple[str, ...],
+    seed: int,
+    quick: bool,
+    reward: str,
+    config: dict[str, Any],
+) -> Run:
+    settings = {
+        "tasks": [tasks] if isinstance(tasks, str) else list(tasks),
+        "reward": reward,
+        "seed": seed,
+        "images": QUICK_IMAGES if quick else IMAGES,
+        "config": {**base, **config, **(QUICK if quick else {})},
+    }
+    return Run(kind, settings)

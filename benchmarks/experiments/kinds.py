@@ -1,0 +1,161 @@
+"""What a run does: train on the shipped pipeline, evaluate, and return numbers. All numbers that the tables and plots need come from here."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from dpok_trl import DPOKConfig, DPOKSFTConfig, DPOKSFTTrainer, DPOKTrainer, Policy, evaluate
+from dpok_trl.demo import load_demo_pipeline
+from dpok_trl.demo.command import SAMPLING, demo_lora_config, demo_rewards, only_errors
+from dpok_trl.demo.world import REWARDS, TASKS, exact_reward
+from dpok_trl.results.estimates import Estimate
+from dpok_trl.results.evaluation import Comparison
+
+
+EVALUATION_SEED = 1_000_000  # far from the seeds of any training sample
+BATCH = 64
+
+
+def rl(
+    tasks: Sequence[str], reward: str, seed: int, images: int, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Trains by [`DPOKTrainer`].
+
+    Args:
+        tasks (`Sequence[str]`): Of `dpok_trl.demo.world.TASKS`: the prompts, drawn in turn.
+        reward (`str`): Of `dpok_trl.demo.world.REWARDS`.
+        images (`int`): Of the evaluation, for each prompt.
+        config (`Mapping`): Of [`DPOKConfig`].
+    """
+    return _trained(DPOKTrainer, DPOKConfig, tasks, reward, seed, images, config)
+
+
+def sft(
+    tasks: Sequence[str], reward: str, seed: int, images: int, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Trains by [`DPOKSFTTrainer`]; arguments as for [`rl`], of [`DPOKSFTConfig`]."""
+    return _trained(DPOKSFTTrainer, DPOKSFTConfig, tasks, reward, seed, images, config)
+
+
+def base(task: str, images: int, best_of: Sequence[int]) -> dict[str, Any]:
+    """The pretrained model, and its best of n images by the soft reward's verdict (an exact picture has the highest)."""
+    with only_errors():
+        pipeline = load_demo_pipeline()
+        pipeline.unet.add_adapter(demo_lora_config())  # as it starts: it changes nothing
+        policy = Policy(pipeline, call_kwargs={k: v for k, v in SAMPLING.items() if k != "eta"})
+        found = evaluate(policy, [TASKS[task]], demo_rewards("greenness"), images_per_prompt=images, batch_size=BATCH)
+    [comparison] = found.sets.values()
+    return {
+        "final": {task: measured(comparison)},
+        "best_of": {
+            name: [number(comparison.best_of(name, n)) for n in best_of] for name in ("exact", "soft", "greenness")
+        },
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+
+
+class Judge:
+    """A reward of the world, which also remembers how many pictures of the epoch were exact."""
+
+    __name__ = "judge"
+
+    def __init__(self, reward: str):
+        self.reward, self.exact = REWARDS[reward], []
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str], metadata: Any) -> Any:
+        self.exact += exact_reward(images, prompts)[0].tolist()
+        return self.reward(images, prompts, metadata)
+
+    def exact_rate(self) -> float:
+        rate = sum(self.exact) / len(self.exact)
+        self.exact.clear()
+        return rate
+
+
+class Curve(TrainerCallback):
+    """An entry for each epoch: images so far, CPU seconds of the training so far, reward and exact rate of the epoch's samples, and what was logged."""
+
+    LOGGED = ("images", "reward", "kl_path", "value/explained_variance", "gradient/cosine_mean", "gradient/cosine_min")
+    MEANS = ("policy/clip_fraction", "policy/mask_fraction", "grad_norm")
+
+    def __init__(self, judge: Judge):
+        self.judge, self.entries, self.seconds = judge, [], 0.0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.logged, self.updates, self.started = {}, {}, time.process_time()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:
+        self.logged.update({name: logs[name] for name in self.LOGGED if name in logs})
+        for name in self.MEANS:
+            if name in logs:
+                self.updates.setdefault(name, []).append(logs[name])
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += time.process_time() - self.started
+        means = {name: sum(values) / len(values) for name, values in self.updates.items()}
+        exact = {"exact": self.judge.exact_rate()} if self.judge.exact else {}  # supervised epochs draw nothing
+        self.entries.append({"cpu_s": self.seconds, **self.logged, **means, **exact})
+
+
+def _trained(
+    trainer_class: type[DPOKTrainer],
+    config_class: type[DPOKConfig],
+    tasks: Sequence[str],
+    reward: str,
+    seed: int,
+    images: int,
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder, only_errors():
+        judge = Judge(reward)
+        curve = Curve(judge)
+        trainer = trainer_class(
+            config_class(output_dir=folder, seed=seed, save_freq=0, accelerator_kwargs={"cpu": True}, **config),
+            judge,
+            [TASKS[task] for task in tasks],
+            load_demo_pipeline(),
+            peft_config=demo_lora_config(),
+            callbacks=[curve],
+        )
+        trainer.train()
+        found = evaluate(
+            trainer.policy,
+            {task: [TASKS[task]] for task in tasks},
+            demo_rewards(reward),
+            images_per_prompt=images,
+            batch_size=BATCH,
+            seed=EVALUATION_SEED,
+        )
+    return {
+        "curve": [{name: _rounded(value) for name, value in entry.items()} for entry in curve.entries],
+        "final": {task: measured(comparison) for task, comparison in found.sets.items()},
+    }
+
+
+def measured(comparison: Comparison) -> dict[str, Any]:
+    """Name of a quantity -> [of the pretrained model, of the tuned one], each with its standard error over images."""
+    rewards = {
+        name: [number(comparison.base_reward(name)), number(comparison.tuned_reward(name))]
+        for name in comparison.rewards
+    }
+    before, after, _ = comparison.diversity()
+    return {**rewards, "diversity": [number(before), number(after)], "kl": [[0.0, 0.0], number(comparison.kl)]}
+
+
+def number(estimate: Estimate) -> list[float]:
+    return [_rounded(estimate.mean), _rounded(estimate.standard_error)]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+KINDS = {"rl": rl, "sft": sft, "base": base}
