@@ -39,8 +39,8 @@ RL = {
     "kl_gradient": "paper",
 }
 
-# As many images, drawn once; one pass over them, at the steps that can be trained on (9 of 10), two in an update: about as many updates of as many
-# transitions as RL has.
+# As many images, drawn once, and one pass over them at half of their steps. Twenty times as many updates did no better (a reward-weighted run of one seed:
+# 0.61 exact), and learning rates of 5e-4, 1e-3 and 2e-3 were alike.
 SFT = {
     "num_epochs": 1,
     "sample_num_steps": 10,
@@ -49,6 +49,7 @@ SFT = {
     "sample_batch_size": 64,
     "sample_num_batches_per_epoch": 24,
     "train_batch_size": 64,
+    "train_timestep_fraction": 0.5,
     "train_timesteps_per_update": 2,
     "train_learning_rate": 1e-3,
     "train_lr_scheduler": "cosine",

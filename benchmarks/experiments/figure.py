@@ -16,6 +16,7 @@ SUPERVISED = {
     "KL-D, γ = 2": {"sft_kl": "kl_d", "sft_gamma": 2.0},
     "KL-O, γ = 0.3": {"sft_kl": "kl_o", "sft_gamma": 0.3},
     "KL-O, γ = 2": {"sft_kl": "kl_o", "sft_gamma": 2.0},
+    "best half, KL-O, γ = 0.3": {"sft_loss": "filtered", "sft_kl": "kl_o", "sft_gamma": 0.3},
 }
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 
