@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
-from runner import Run
+from intervals import Values
+from runner import Result, Results, Run
 
 
 TASKS = ("color", "count", "composition", "location")
@@ -61,6 +65,8 @@ SFT = {
     "sft_kl": "none",
 }
 
+Measure = Callable[[Result, str], float]  # of a result, for a task
+
 QUICK = {"num_epochs": 2, "sample_batch_size": 4, "train_batch_size": 4, "sample_num_steps": 3}
 IMAGES = 128  # of an evaluation
 QUICK_IMAGES = 4
@@ -91,3 +97,31 @@ def _run(
         "config": {**base, **config, **(QUICK if quick else {})},
     }
     return Run(kind, settings)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared: a name, and the run of each task and seed."""
+
+    name: str
+    run: Callable[[str, int], Run]
+
+    def values(self, results: Results, tasks: Sequence[str], seeds: Iterable[int], measure: Measure) -> Values:
+        """(task, seed) -> number, of the runs that are done."""
+        runs = {(task, seed): self.run(task, seed) for task in tasks for seed in seeds}
+        return {key: measure(results[run], key[0]) for key, run in runs.items() if run in results}
+
+
+def final(name: str) -> Measure:
+    """Of the trained model, at the evaluation: `exact`, `soft`, `fidelity`, `diversity`, `kl`, or the trained reward."""
+    return lambda result, task: result["final"][task][name][1]
+
+
+def mean_while_training(name: str) -> Measure:
+    """The mean over the epochs of the run: how early it rises."""
+    return lambda result, task: fmean(entry[name] for entry in result["curve"])
+
+
+def cpu_seconds(result: Result, task: str) -> float:
+    """Of the training."""
+    return result["curve"][-1]["cpu_s"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from arms import TASKS, rl, sft
-
 from runner import Run
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from bound import kl_from_below
 from transformers import TrainerCallback
 
 from dpok_trl import DPOKConfig, DPOKSFTConfig, DPOKSFTTrainer, DPOKTrainer, Policy, evaluate
@@ -22,9 +23,7 @@ EVALUATION_SEED = 1_000_000  # far from the seeds of any training sample
 BATCH = 64
 
 
-def rl(
-    tasks: Sequence[str], reward: str, seed: int, images: int, config: Mapping[str, Any]
-) -> dict[str, Any]:
+def rl(tasks: Sequence[str], reward: str, seed: int, images: int, config: Mapping[str, Any]) -> dict[str, Any]:
     """Trains by [`DPOKTrainer`].
 
     Args:
@@ -36,11 +35,33 @@ def rl(
     return _trained(DPOKTrainer, DPOKConfig, tasks, reward, seed, images, config)
 
 
-def sft(
-    tasks: Sequence[str], reward: str, seed: int, images: int, config: Mapping[str, Any]
-) -> dict[str, Any]:
+def sft(tasks: Sequence[str], reward: str, seed: int, images: int, config: Mapping[str, Any]) -> dict[str, Any]:
     """Trains by [`DPOKSFTTrainer`]; arguments as for [`rl`], of [`DPOKSFTConfig`]."""
     return _trained(DPOKSFTTrainer, DPOKSFTConfig, tasks, reward, seed, images, config)
+
+
+def bound(
+    tasks: Sequence[str], reward: str, seed: int, images: int, config: Mapping[str, Any], pairs: int
+) -> dict[str, Any]:
+    """As [`rl`] of one task, and what the KL between the distributions of x_0 is at least, by `pairs` samples of each model."""
+
+    def from_below(trainer: DPOKTrainer) -> dict[str, Any]:
+        policy, prompt = trainer.policy, TASKS[tasks[0]]
+        tuned = _last_latents(policy, prompt, pairs, EVALUATION_SEED + images)
+        with policy.pretrained():
+            pretrained = _last_latents(policy, prompt, pairs, EVALUATION_SEED + images + pairs)
+        return {"kl_from_below": _rounded(kl_from_below(tuned, pretrained, seed))}
+
+    return _trained(DPOKTrainer, DPOKConfig, tasks, reward, seed, images, config, from_below)
+
+
+def _last_latents(policy: Policy, prompt: str, count: int, first_seed: int) -> torch.Tensor:
+    """x_0 of `count` samples, `(count, D)`."""
+    found = []
+    for start in range(0, count, BATCH):
+        seeds = range(first_seed + start, first_seed + min(start + BATCH, count))
+        found.append(policy.rollout([prompt] * len(seeds), seeds).next_latents[-1].flatten(1))
+    return torch.cat(found)
 
 
 def base(task: str, images: int, best_of: Sequence[int]) -> dict[str, Any]:
@@ -113,6 +134,7 @@ def _trained(
     seed: int,
     images: int,
     config: Mapping[str, Any],
+    also: Callable[[DPOKTrainer], dict[str, Any]] = lambda trainer: {},
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, only_errors():
         judge = Judge(reward)
@@ -134,9 +156,11 @@ def _trained(
             batch_size=BATCH,
             seed=EVALUATION_SEED,
         )
+        others = also(trainer)
     return {
         "curve": [{name: _rounded(value) for name, value in entry.items()} for entry in curve.entries],
         "final": {task: measured(comparison) for task, comparison in found.sets.items()},
+        **others,
     }
 
 
@@ -158,4 +182,4 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-KINDS = {"rl": rl, "sft": sft, "base": base}
+KINDS = {"rl": rl, "sft": sft, "bound": bound, "base": base}

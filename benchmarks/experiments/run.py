@@ -1,7 +1,7 @@
 """The experiments behind docs/experiments.md: does the runs that are missing, and makes tables and plots of all.
 
-    python benchmarks/experiments/run.py figure
-    python benchmarks/experiments/run.py figure --quick --folder somewhere
+python benchmarks/experiments/run.py figure
+python benchmarks/experiments/run.py figure --quick --folder somewhere
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import importlib
 from pathlib import Path
 
 from kinds import KINDS
-
 from runner import Results, run_missing
 
 

@@ -79,7 +79,9 @@ class Results:
         self._found[run.key] = result
 
 
-def run_missing(runs: Iterable[Run], results: Results, functions: Mapping[str, Callable[..., Result]], jobs: int) -> None:
+def run_missing(
+    runs: Iterable[Run], results: Results, functions: Mapping[str, Callable[..., Result]], jobs: int
+) -> None:
     """Does what is not done yet, `jobs` at a time.
 
     Raises:
