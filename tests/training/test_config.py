@@ -423,11 +423,6 @@ ERRORS = {
         {"train_mixed_timesteps": True},
         "train_mixed_timesteps = True with train_batch_size = 1: one sample cannot be at different timesteps. Raise train_batch_size to 2 or more.",
     ),
-    "compiled and not re-anchored": (
-        {"torch_compile": True, "train_reanchor": False},
-        "torch_compile = True with train_reanchor = False: compiled graphs round differently with and without gradients, so the ratio would not be 1. "
-        "Leave train_reanchor out.",
-    ),
     "a backend of nothing": (
         {"torch_compile_backend": "aot_eager"},
         "torch_compile_backend and torch_compile_mode would do nothing: set torch_compile = True.",

@@ -319,11 +319,6 @@ def check_combinations(config: DPOKConfig) -> None:
             f"train_mixed_timesteps = True with train_batch_size = {config.train_batch_size}: one sample cannot be at different timesteps. Raise "
             "train_batch_size to 2 or more."
         )
-    if config.torch_compile and config.train_reanchor is False:
-        raise ValueError(
-            "torch_compile = True with train_reanchor = False: compiled graphs round differently with and without gradients, so the ratio would not "
-            "be 1. Leave train_reanchor out."
-        )
     if not config.torch_compile and (
         config.torch_compile_backend != "inductor" or config.torch_compile_mode is not None
     ):

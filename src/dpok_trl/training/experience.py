@@ -40,7 +40,7 @@ class Experience:
         self.config, self.accelerator, self.policy, self.prepared = config, accelerator, policy, prepared
         self.buffer = Buffer(config.train_buffer_rounds)
         # Whether old log-probabilities come from a replay; None: not decided yet.
-        self.reanchor = True if config.torch_compile else config.train_reanchor
+        self.reanchor = config.train_reanchor
         self.ratio_checked = False
         self.first_is_on_policy = False  # the first update is on samples of the policy as it is: every ratio is 1
         # steps that were tried -> whether one forward pass takes them together
@@ -75,7 +75,7 @@ class Experience:
                 self.prepared,
                 cut[0],
                 reanchor=self.reanchor,
-                with_grad=config.torch_compile,
+                compiled=config.torch_compile,
                 tolerance=self.ratio_tolerance,
                 reduction=config.train_log_prob_reduction,
                 largest=lambda values: largest(self.accelerator, values),

@@ -29,7 +29,7 @@ def check_ratio(
     batch: TrainingBatch,
     *,
     reanchor: bool | None,
-    with_grad: bool,
+    compiled: bool,
     tolerance: float,
     reduction: Reduction,
     largest: Callable[[torch.Tensor], float],
@@ -40,8 +40,9 @@ def check_ratio(
     training shape (*re-anchored*), and a replay must reproduce itself.
 
     Args:
-        reanchor (`bool`, *optional*): What the user wants; `None`: re-anchor if there is any deviation.
-        with_grad (`bool`): See [`anchor`].
+        reanchor (`bool`, *optional*): What the user wants; `None`: re-anchor if there is any deviation, of a compiled network if it is above `tolerance`.
+        compiled (`bool`): The graph with gradients, which the update runs, is another one than the rollout's and never gives the same bits. So it is the one
+            that is compared, and a deviation that no clip could tell is not worth another forward pass for each transition.
         tolerance (`float`): Deviations must stay below it.
         largest (`Callable`): The largest entry of a tensor over all processes, so that all decide alike.
 
@@ -62,19 +63,22 @@ def check_ratio(
     if not deviation <= LARGEST_ROUNDING * dimensions:
         what = "a replay of the first batch gives other log-probabilities than its rollout"
         raise RatioError(_causes(what, deviation, LARGEST_ROUNDING * dimensions))
+    if compiled:
+        replayed = _log_probs(replay(policy, batch, with_grad=True))
+        deviation = largest((replayed - rollout).abs())
     if reanchor is None:
-        reanchor = deviation > 0
+        reanchor = not deviation <= (tolerance if compiled else 0)
         if reanchor:
             logger.info(
                 "a replay of %d samples differs from the rollout of %d by up to %.3g in log-probability: old log-probabilities are taken from a "
-                "replay (about a quarter more network time; train_batch_size = sample_batch_size avoids it)",
+                "replay (about a quarter more network time%s)",
                 len(batch.samples),
                 len(batch.trajectory),
                 deviation,
+                "" if compiled else "; train_batch_size = sample_batch_size avoids it",
             )
     if reanchor:
-        anchored = _log_probs(replay(policy, batch, with_grad=True)) if with_grad else replayed
-        deviation = largest((_log_probs(replay(policy, batch, with_grad=with_grad)) - anchored).abs())
+        deviation = largest((_log_probs(replay(policy, batch, with_grad=compiled)) - replayed).abs())
     if not deviation <= tolerance:
         what = (
             "two replays of one batch differ"
