@@ -1,9 +1,9 @@
 """Rollout and update against the bare denoiser calls that they contain: how much the package adds to the network's own time.
 
-    python benchmarks/floor.py [--threads 2] [--repeats 5]
+    python benchmarks/floor.py [--threads 2] [--repeats 5] [--clock cpu] [--quick]
 
 Both sides run in one process, in turn, with the same batch shapes and the same number of forward and backward passes; the medians of
-their ratios are printed. Decoding of images and rewards is left out on both sides, everything else of ours is in: the pipeline's own
+their ratios are printed, as a table in Markdown. Decoding of images and rewards is left out on both sides, everything else of ours is in: the pipeline's own
 loop, text, noise, log-probabilities, loss, KL, gradient clipping, optimizer.
 """
 
@@ -49,31 +49,47 @@ def make_trainer(pipe: StableDiffusionPipeline, batch: int, guidance: float, ste
     return DPOKTrainer(config, lambda images, prompts, metadata: images.mean((1, 2, 3)), ["a green triangle"], pipe)
 
 
-class Clock:
-    """Wall time without what is paused."""
+HEADER = """\
+| pipeline | batch | steps | guidance | part | ours, ms | bare network, ms | ratio | smallest to largest |
+|---|--:|--:|--:|---|--:|--:|--:|--:|"""
 
-    def __init__(self):
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class Clock:
+    """Seconds of `now` without what is paused."""
+
+    def __init__(self, now: Callable[[], float]):
+        self.now = now
         self.paused = 0.0
 
     def pause_in(self, owner: object, name: str) -> None:
         function = getattr(owner, name)
 
         def timed(*args, **kwargs):
-            started = time.perf_counter()
+            started = self.now()
             result = function(*args, **kwargs)
-            self.paused += time.perf_counter() - started
+            self.paused += self.now() - started
             return result
 
         setattr(owner, name, timed)
 
     def __call__(self, function: Callable[[], object]) -> float:
         self.paused = 0.0
-        started = time.perf_counter()
+        started = self.now()
         function()
-        return time.perf_counter() - started - self.paused
+        return self.now() - started - self.paused
 
 
-def compare(title: str, pipe: StableDiffusionPipeline, batch: int, guidance: float, steps: int, repeats: int) -> None:
+def compare(
+    title: str,
+    pipe: StableDiffusionPipeline,
+    batch: int,
+    guidance: float,
+    steps: int,
+    repeats: int,
+    now: Callable[[], float],
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(pipe, batch, guidance, steps, folder)
         unet, policy = pipe.unet, trainer.policy
@@ -97,7 +113,7 @@ def compare(title: str, pipe: StableDiffusionPipeline, batch: int, guidance: flo
             for _ in range(steps):
                 unet(latents, timestep, encoder_hidden_states=text, return_dict=False)[0].sum().backward()
 
-        clock = Clock()
+        clock = Clock(now)
         clock.pause_in(pipe.vae, "decode")
         clock.pause_in(pipe.image_processor, "postprocess")
         prompts = ["a green triangle"] * batch
@@ -116,12 +132,15 @@ def compare(title: str, pipe: StableDiffusionPipeline, batch: int, guidance: flo
             results["rollout"].append((clock(lambda: policy.rollout(prompts, list(range(batch)))), floor))
             floor = clock(bare_update)
             results["update"].append((clock(update), floor))
-        print(f"{title}: batch {batch}, {steps} steps, guidance {guidance}")
         for name, pairs in results.items():
             pairs = pairs[1:]  # the first round warms up
             ours, floor = (1000 * statistics.median(column) for column in zip(*pairs, strict=True))
-            ratio = statistics.median(a / b for a, b in pairs)
-            print(f"  {name:8} {ours:8.1f} ms   bare {floor:8.1f} ms   ratio {ratio:.3f}")
+            ratios = sorted(a / b for a, b in pairs)
+            print(
+                f"| {title} | {batch} | {steps} | {guidance:g} | {name} | {ours:.1f} | {floor:.1f} | {statistics.median(ratios):.3f} | "
+                f"{ratios[0]:.3f} to {ratios[-1]:.3f} |",
+                flush=True,
+            )
 
 
 def _sampled(trajectory):
@@ -132,11 +151,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of which the median is taken")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: time of this process alone, for a machine that others use too",
+    )
+    parser.add_argument("--quick", action="store_true", help="one round of two steps: does it run?")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    compare("SD with UNet (64, 128)", larger_pipeline(), batch=8, guidance=5.0, steps=10, repeats=arguments.repeats)
-    compare("demo pipeline", load_demo_pipeline(), batch=64, guidance=1.0, steps=10, repeats=arguments.repeats)
+    settings = {"steps": 10, "repeats": arguments.repeats, "now": CLOCKS[arguments.clock]}
+    if arguments.quick:
+        settings.update(steps=2, repeats=1)
+    print(HEADER, flush=True)
+    compare("SD with UNet (64, 128)", larger_pipeline(), batch=8, guidance=5.0, **settings)
+    compare("demo pipeline", load_demo_pipeline(), batch=64, guidance=1.0, **settings)
 
 
 if __name__ == "__main__":
