@@ -67,7 +67,8 @@ SFT = {
 
 Measure = Callable[[Result, str], float]  # of a result, for a task
 
-QUICK = {"num_epochs": 2, "sample_batch_size": 4, "train_batch_size": 4, "sample_num_steps": 3}
+QUICK = {"num_epochs": 3, "sample_batch_size": 4, "train_batch_size": 4, "sample_num_steps": 3}
+UNSET = object()  # of a setting that an arm does not have
 IMAGES = 128  # of an evaluation
 QUICK_IMAGES = 4
 
@@ -89,12 +90,13 @@ def _run(
     reward: str,
     config: dict[str, Any],
 ) -> Run:
+    changed = {**base, **config, **(QUICK if quick else {})}
     settings = {
         "tasks": [tasks] if isinstance(tasks, str) else list(tasks),
         "reward": reward,
         "seed": seed,
         "images": QUICK_IMAGES if quick else IMAGES,
-        "config": {**base, **config, **(QUICK if quick else {})},
+        "config": {name: value for name, value in changed.items() if value is not UNSET},
     }
     return Run(kind, settings)
 
@@ -111,15 +113,22 @@ class Arm:
         runs = {(task, seed): self.run(task, seed) for task in tasks for seed in seeds}
         return {key: measure(results[run], key[0]) for key, run in runs.items() if run in results}
 
+    def done(self, results: Results, task: str, seeds: Iterable[int]) -> list[Run]:
+        return [run for run in (self.run(task, seed) for seed in seeds) if run in results]
+
 
 def final(name: str) -> Measure:
     """Of the trained model, at the evaluation: `exact`, `soft`, `fidelity`, `diversity`, `kl`, or the trained reward."""
-    return lambda result, task: result["final"][task][name][1]
+    return lambda result, task: result["final"][task][name][1][0]
 
 
 def mean_while_training(name: str) -> Measure:
     """The mean over the epochs of the run: how early it rises."""
     return lambda result, task: fmean(entry[name] for entry in result["curve"])
+
+
+def of_curve(result: Result, x: str, y: str) -> list[tuple[float, float]]:
+    return [(entry[x], entry[y]) for entry in result["curve"]]
 
 
 def cpu_seconds(result: Result, task: str) -> float:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from arms import TASKS, rl, sft
-from runner import Run
+import math
+from collections.abc import Sequence
+
+from arms import TASKS, Arm, cpu_seconds, final, rl, sft
+from intervals import Values, difference, interval, table, verdict
+from matplotlib.figure import Figure
+from plots import FAINT, figure, point
+from runner import Results, Run
 
 
-SEEDS = range(5)
+SEEDS = 5
 KL_WEIGHTS = (0.0, 0.02, 0.1)
 HACKED_KL_WEIGHTS = (0.0, 0.02, 0.1, 0.5)
 SUPERVISED = {
@@ -18,15 +24,166 @@ SUPERVISED = {
     "best half, KL-O, γ = 0.3": {"sft_loss": "filtered", "sft_kl": "kl_o", "sft_gamma": 0.3},
 }
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
+QUANTITIES = {"exact": 2, "fidelity": 3, "diversity": 3, "kl": 1}  # and the digits that are shown
+
+
+def tasks(quick: bool) -> Sequence[str]:
+    return TASKS[:1] if quick else TASKS
+
+
+def seeds(quick: bool) -> range:
+    return range(1 if quick else SEEDS)
+
+
+def base(task: str, quick: bool) -> Run:
+    return Run("base", {"task": task, "images": 8 if quick else 1024, "best_of": [1, 2] if quick else list(BEST_OF)})
+
+
+def supervised(quick: bool) -> list[Arm]:
+    return [
+        Arm(f"SFT, {name}", lambda task, seed, own=own: sft(task, seed, quick, **own))
+        for name, own in SUPERVISED.items()
+    ]
+
+
+def reinforced(quick: bool) -> list[Arm]:
+    return [
+        Arm(f"RL, kl_weight {weight:g}", lambda task, seed, weight=weight: rl(task, seed, quick, kl_weight=weight))
+        for weight in KL_WEIGHTS
+    ]
+
+
+def hacked(quick: bool) -> list[Arm]:
+    return [
+        Arm(
+            f"kl_weight {weight:g}",
+            lambda task, seed, weight=weight: rl(task, seed, quick, reward="greenness", kl_weight=weight),
+        )
+        for weight in HACKED_KL_WEIGHTS
+    ]
 
 
 def runs(quick: bool = False) -> list[Run]:
-    found = [
-        Run("base", {"task": task, "images": 8 if quick else 1024, "best_of": [1, 2] if quick else BEST_OF})
-        for task in TASKS
-    ]
-    for seed in SEEDS:
-        found += [rl(task, seed, quick, kl_weight=weight) for weight in KL_WEIGHTS for task in TASKS]
-        found += [rl("color", seed, quick, reward="greenness", kl_weight=weight) for weight in HACKED_KL_WEIGHTS]
-        found += [sft(task, seed, quick, **changes) for changes in SUPERVISED.values() for task in TASKS]
+    found = [base(task, quick) for task in tasks(quick)]
+    for seed in seeds(quick):
+        found += [arm.run(task, seed) for arm in reinforced(quick) for task in tasks(quick)]
+        found += [arm.run("color", seed) for arm in hacked(quick)]
+        found += [arm.run(task, seed) for arm in supervised(quick) for task in tasks(quick)]
     return found
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+
+
+def tables(results: Results, quick: bool = False) -> dict[str, str]:
+    return {
+        "arms": _arms(results, quick),
+        "tasks": _tasks(results, quick),
+        "effects": _effects(results, quick),
+        "best-of-n": _best_of(results, quick),
+        "hacking": _hacking(results, quick),
+    }
+
+
+def _values(results: Results, quick: bool, arm: Arm, name: str) -> Values:
+    return arm.values(results, tasks(quick), seeds(quick), final(name))
+
+
+def _arms(results: Results, quick: bool) -> str:
+    bases = [results[base(task, quick)]["final"][task] for task in tasks(quick)]
+    means = {name: sum(one[name][0][0] for one in bases) / len(bases) for name in QUANTITIES}
+    rows = [["pretrained", *(f"{means[name]:.{digits}f}" for name, digits in QUANTITIES.items()), "0"]]
+    for arm in [*supervised(quick), *reinforced(quick)]:
+        cells = [
+            interval(_values(results, quick, arm, name)).text(digits if name == "kl" or digits == 2 else 3)
+            for name, digits in QUANTITIES.items()
+        ]
+        seconds = interval(arm.values(results, tasks(quick), seeds(quick), cpu_seconds))
+        rows.append([arm.name, *cells, f"{seconds.mean:.0f}"])
+    return table(["mean over the tasks", "exact", "fidelity", "diversity", "KL, nats", "CPU s"], rows)
+
+
+def _tasks(results: Results, quick: bool) -> str:
+    rows = [
+        ["pretrained", *(f"{results[base(task, quick)]['final'][task]['exact'][0][0]:.2f}" for task in tasks(quick))]
+    ]
+    for arm in [*supervised(quick), *reinforced(quick)]:
+        cells = [interval(arm.values(results, [task], seeds(quick), final("exact"))).text() for task in tasks(quick)]
+        rows.append([arm.name, *cells])
+    return table(["exact", *tasks(quick)], rows)
+
+
+def _effects(results: Results, quick: bool) -> str:
+    without, weak, strong = reinforced(quick)
+    plain, best = supervised(quick)[0], supervised(quick)[-1]
+    pairs = [(weak, without), (strong, without), (weak, plain), (weak, best)]
+    rows = []
+    for first, second in pairs:
+        found = [
+            verdict(difference(_values(results, quick, first, name), _values(results, quick, second, name)), digits)
+            for name, digits in QUANTITIES.items()
+        ]
+        rows.append([f"{first.name} − {second.name}", *found])
+    return table(["difference", "exact", "fidelity", "diversity", "KL, nats"], rows)
+
+
+def _best_of(results: Results, quick: bool) -> str:
+    counts = base(tasks(quick)[0], quick).settings["best_of"]
+    rows = [
+        [task, *(f"{mean:.2f}" for mean, _ in results[base(task, quick)]["best_of"]["exact"])] for task in tasks(quick)
+    ]
+    return table(["exact, the best of", *(str(count) for count in counts)], rows)
+
+
+def _hacking(results: Results, quick: bool) -> str:
+    names = {"greenness": 3, "exact": 2, "soft": 2, "fidelity": 3, "diversity": 3, "kl": 1}
+    start = results[base("color", quick)]["final"]["color"]
+    rows = [["pretrained", *(f"{start[name][0][0]:.{digits}f}" for name, digits in names.items())]]
+    for arm in hacked(quick):
+        cells = [
+            interval(arm.values(results, ["color"], seeds(quick), final(name))).text(digits)
+            for name, digits in names.items()
+        ]
+        rows.append([arm.name, *cells])
+    return table(["trained on greenness", *(n if n != "kl" else "KL, nats" for n in names)], rows)
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+
+
+def plot(results: Results, quick: bool = False) -> Figure:
+    """Exact against the KL, for each task; and for the reward that can be hacked."""
+    whole, axes = figure(3, 2)
+    for axis, task in zip(axes, tasks(quick), strict=False):
+        axis.set_title(task)
+        start = results[base(task, quick)]
+        counts = base(task, quick).settings["best_of"]
+        free = [(best_of_kl(n), mean) for n, (mean, _) in zip(counts, start["best_of"]["exact"], strict=True)]
+        axis.plot(*zip(*free, strict=True), color=FAINT, linewidth=1, linestyle=":", label="best of n, no training")
+        for index, arm in enumerate([*reinforced(quick), *supervised(quick)]):
+            found = [arm.values(results, [task], seeds(quick), final(name)) for name in ("kl", "exact")]
+            if found[0]:
+                point(axis, *(interval(one) for one in found), index, arm.name)
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set(xlabel="KL from the pretrained model, nats", ylabel="exact", xlim=(0, None))
+    for axis, name, title in zip(
+        axes[4:], ("exact", "greenness"), ("greenness: what is lost", "greenness: what is gained"), strict=True
+    ):
+        axis.set_title(title)
+        start = results[base("color", quick)]["final"]["color"][name][0][0]
+        axis.axhline(start, color=FAINT, linewidth=1, linestyle=":")
+        for index, arm in enumerate(hacked(quick)):
+            found = [arm.values(results, ["color"], seeds(quick), final(one)) for one in ("kl", name)]
+            if found[0]:
+                point(axis, *(interval(one) for one in found), index, arm.name)
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set(xlabel="KL, nats", ylabel=name, xlim=(0, None))
+        axis.legend(fontsize=6.5)
+    axes[0].legend(fontsize=6, loc="lower right")
+    return whole
+
+
+def best_of_kl(n: int) -> float:
+    """KL of the best of n samples from a sample, in nats: log n - (n - 1) / n where scores have no ties, and no more than that otherwise
+    (https://arxiv.org/abs/2401.01879)."""
+    return math.log(n) - (n - 1) / n

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from arms import Arm, rl
-from runner import Run
+from collections.abc import Sequence
+
+from arms import Arm, final, mean_while_training, rl
+from intervals import Values, difference, interval, table, verdict
+from matplotlib.figure import Figure
+from plots import figure, point
+from runner import Result, Results, Run
 
 
-SEEDS = range(3)
+SEEDS = 3
 TASKS = ("color", "count")
 TERMS = {
     "gaussian, paper": ({"kl_type": "gaussian", "kl_gradient": "paper"}, (0.02, 0.1)),
@@ -16,12 +21,21 @@ TERMS = {
 BOUND_KL_WEIGHTS = (0.0, 0.02, 0.1)
 
 
-def arms(quick: bool) -> list[Arm]:
-    return [
-        Arm(f"{name}, {weight:g}", lambda task, seed, own={**own, "kl_weight": weight}: rl(task, seed, quick, **own))
-        for name, (own, weights) in TERMS.items()
-        for weight in weights
-    ]
+def tasks(quick: bool) -> Sequence[str]:
+    return TASKS[:1] if quick else TASKS
+
+
+def seeds(quick: bool) -> range:
+    return range(1 if quick else SEEDS)
+
+
+def term(name: str, weight: float, quick: bool) -> Arm:
+    own = {**TERMS[name][0], "kl_weight": weight}
+    return Arm(f"{name}, weight {weight:g}", lambda task, seed: rl(task, seed, quick, **own))
+
+
+def terms(quick: bool) -> list[Arm]:
+    return [term(name, weight, quick) for name, (_, weights) in TERMS.items() for weight in weights]
 
 
 def bounds(quick: bool) -> list[Arm]:
@@ -32,13 +46,86 @@ def bounds(quick: bool) -> list[Arm]:
         return Run("bound", settings)
 
     return [
-        Arm(f"{weight:g}", lambda task, seed, weight=weight: bound(task, seed, weight)) for weight in BOUND_KL_WEIGHTS
+        Arm(f"kl_weight {weight:g}", lambda task, seed, weight=weight: bound(task, seed, weight))
+        for weight in BOUND_KL_WEIGHTS
     ]
 
 
 def runs(quick: bool = False) -> list[Run]:
     found = []
-    for seed in SEEDS:
-        found += [arm.run(task, seed) for arm in arms(quick) for task in TASKS]
+    for seed in seeds(quick):
+        found += [arm.run(task, seed) for arm in terms(quick) for task in tasks(quick)]
         found += [arm.run("color", seed) for arm in bounds(quick)]
     return found
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+
+
+def tables(results: Results, quick: bool = False) -> dict[str, str]:
+    return {"terms": _terms(results, quick), "effects": _effects(results, quick), "bound": _bound(results, quick)}
+
+
+def _values(results: Results, quick: bool, arm: Arm, name: str) -> Values:
+    measure = mean_while_training("exact") if name == "exact while training" else final(name)
+    return arm.values(results, tasks(quick), seeds(quick), measure)
+
+
+def _terms(results: Results, quick: bool) -> str:
+    digits = {"exact": 2, "exact while training": 2, "fidelity": 3, "kl": 1}
+    rows = [
+        [arm.name, *(interval(_values(results, quick, arm, name)).text(n) for name, n in digits.items())]
+        for arm in terms(quick)
+    ]
+    return table(["KL term", "exact", "exact while training", "fidelity", "KL of a path, nats"], rows)
+
+
+def _effects(results: Results, quick: bool) -> str:
+    rows = []
+    for weight in (0.02, 0.1):
+        exact, paper = term("gaussian, exact", weight, quick), term("gaussian, paper", weight, quick)
+        found = [
+            verdict(difference(_values(results, quick, exact, name), _values(results, quick, paper, name)), digits)
+            for name, digits in (("exact", 2), ("kl", 1))
+        ]
+        rows.append([f"weight {weight:g}", *found])
+    return table(["gradient: exact − paper", "exact", "KL of a path, nats"], rows)
+
+
+def _bound(results: Results, quick: bool) -> str:
+    rows = []
+    for arm in bounds(quick):
+        found = [
+            interval(arm.values(results, ["color"], seeds(quick), measure))
+            for measure in (final("exact"), kl_from_below, final("kl"))
+        ]
+        rows.append([arm.name, *(one.text(digits) for one, digits in zip(found, (2, 1, 1), strict=True))])
+    return table(["color", "exact", "KL of x_0, nats, at least", "KL of a path, nats"], rows)
+
+
+def kl_from_below(result: Result, task: str) -> float:
+    return result["kl_from_below"]
+
+
+def plot(results: Results, quick: bool = False) -> Figure:
+    whole, axes = figure(3)
+    for axis, task in zip(axes, tasks(quick), strict=False):
+        axis.set_title(task)
+        for index, (name, (_, weights)) in enumerate(TERMS.items()):
+            for weight in weights:
+                arm = term(name, weight, quick)
+                found = [arm.values(results, [task], seeds(quick), final(one)) for one in ("kl", "exact")]
+                if found[0]:
+                    label = name if weight == weights[0] else None
+                    point(axis, *(interval(one) for one in found), index, label)
+        axis.set(xlabel="KL of a path, nats", ylabel="exact")
+        axis.legend(fontsize=7)
+    axes[2].set_title("color: how tight the bound is")
+    for index, arm in enumerate(bounds(quick)):
+        found = [arm.values(results, ["color"], seeds(quick), measure) for measure in (final("kl"), kl_from_below)]
+        if found[0]:
+            point(axes[2], *(interval(one) for one in found), index, arm.name)
+    axes[2].set_xscale("log")
+    axes[2].set(xlabel="KL of a path, nats", ylabel="KL of x_0, nats, at least", ylim=(0, None))
+    axes[2].legend(fontsize=7)
+    return whole

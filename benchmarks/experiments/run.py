@@ -1,20 +1,29 @@
-"""The experiments behind docs/experiments.md: does the runs that are missing, and makes tables and plots of all.
+"""The experiments behind docs/experiments.md: does the runs that are missing, and makes tables and a figure of all.
 
-python benchmarks/experiments/run.py figure
-python benchmarks/experiments/run.py figure --quick --folder somewhere
+    python benchmarks/experiments/run.py figure
+    python benchmarks/experiments/run.py figure --quick --folder somewhere
+
+Runs are kept in FOLDER/runs.jsonl, and one that is there is not run again: what was interrupted goes on. Tables are printed, and the figure is written to
+FOLDER/NAME.svg; with --page, both go to docs/experiments.md as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from kinds import KINDS
+from plots import save
 from runner import Results, run_missing
 
 
 EXPERIMENTS = ("figure", "baselines", "kl", "objectives", "prompts")
+ROOT = Path(__file__).parent.parent.parent
+PAGE = ROOT / "docs" / "experiments.md"
+IMAGES = ROOT / "docs" / "images" / "experiments"
 
 
 def main() -> None:
@@ -22,16 +31,44 @@ def main() -> None:
     parser.add_argument("experiment", choices=EXPERIMENTS, nargs="+")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--seeds", type=int, help="the first so many seeds only")
-    parser.add_argument("--quick", action="store_true", help="tiny runs, to see that all of it works")
+    parser.add_argument("--no-runs", action="store_true", help="tables and figure of what is there")
+    parser.add_argument("--page", action="store_true", help="write them into docs/ too")
+    parser.add_argument("--quick", action="store_true", help="tiny runs of one seed, to see that all of it works")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "results", help="of the results")
     arguments = parser.parse_args()
+    if arguments.quick and arguments.page:
+        parser.error("--quick trains next to nothing: leave out --page")
     results = Results(arguments.folder)
-    runs = []
-    for name in arguments.experiment:
-        runs += importlib.import_module(name).runs(arguments.quick)
-    if arguments.seeds is not None:
-        runs = [run for run in runs if run.settings.get("seed", 0) < arguments.seeds]
-    run_missing(runs, results, KINDS, arguments.jobs)
+    experiments = {name: importlib.import_module(name) for name in arguments.experiment}
+    if not arguments.no_runs:
+        runs = [run for experiment in experiments.values() for run in experiment.runs(arguments.quick)]
+        if arguments.seeds is not None:
+            runs = [run for run in runs if run.settings.get("seed", 0) < arguments.seeds]
+        run_missing(runs, results, KINDS, arguments.jobs)
+    for name, experiment in experiments.items():
+        tables = experiment.tables(results, arguments.quick)
+        figure = experiment.plot(results, arguments.quick)
+        for title, table in tables.items():
+            print(f"{name}: {title}\n\n{table}\n")
+        save(figure, arguments.folder / f"{name}.svg")
+        if arguments.page:
+            save(figure, IMAGES / f"{name}.svg")
+            PAGE.write_text(with_tables(PAGE.read_text(), name, tables))
+
+
+def with_tables(page: str, experiment: str, tables: Mapping[str, str]) -> str:
+    """The page with these tables between its marks, `<!-- experiment: title -->` and `<!-- end -->`.
+
+    Raises:
+        `ValueError`: If the page has no place for one of them.
+    """
+    for title, table in tables.items():
+        mark = f"<!-- {experiment}: {title} -->"
+        pattern = re.compile(re.escape(mark) + r"\n.*?<!-- end -->", re.DOTALL)
+        if not pattern.search(page):
+            raise ValueError(f"the page has no place for the table: put {mark} and <!-- end --> where it belongs")
+        page = pattern.sub(lambda _, mark=mark, table=table: f"{mark}\n\n{table}\n\n<!-- end -->", page)
+    return page
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""How the figures of the experiments look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from intervals import Interval
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+INK, FAINT, GRID = "#1c1e21", "#62676e", "#e4e7eb"
+# Hues that differ in lightness too (Okabe and Ito, https://jfly.uni-koeln.de/color/).
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#7f7f7f")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+STYLE = {
+    "font.size": 8.5,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "svg.hashsalt": "dpok-trl",  # the same figure is the same file
+    "svg.fonttype": "none",
+}
+
+
+def figure(columns: int, rows: int = 1, width: float = 2.9, height: float = 2.5) -> tuple[Figure, list[Axes]]:
+    """Axes row by row; sizes are of one of them, in inches."""
+    with rc_context(STYLE):
+        whole = Figure(figsize=(width * columns, height * rows), layout="constrained")
+        axes = whole.subplots(rows, columns, squeeze=False)
+    return whole, list(axes.flat)
+
+
+def save(whole: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context(STYLE):
+        whole.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150, facecolor="white")
+
+
+def point(axes: Axes, x: Interval, y: Interval, index: int, label: str | None = None) -> None:
+    """A mean with its intervals in both directions; without those where there is one run."""
+    errors = [None if np.isnan(one.low) else [[one.mean - one.low], [one.high - one.mean]] for one in (x, y)]
+    axes.errorbar(
+        x.mean,
+        y.mean,
+        xerr=errors[0],
+        yerr=errors[1],
+        color=COLORS[index % len(COLORS)],
+        marker=MARKERS[index % len(MARKERS)],
+        markersize=5,
+        elinewidth=0.8,
+        label=label,
+        linestyle="none",
+    )
+
+
+def curve(
+    axes: Axes,
+    runs: Iterable[Sequence[tuple[float, float]]],
+    index: int,
+    label: str | None = None,
+    dashed: bool = False,
+) -> None:
+    """Each run faint, and their mean; runs have the same x."""
+    runs = [list(run) for run in runs]
+    if not runs:
+        return
+    color = COLORS[index % len(COLORS)]
+    style = "--" if dashed else "-"
+    for run in runs:
+        axes.plot(*zip(*run, strict=True), color=color, linewidth=0.6, alpha=0.3, linestyle=style)
+    length = min(len(run) for run in runs)
+    mean = [(runs[0][at][0], fmean(run[at][1] for run in runs)) for at in range(length)]
+    axes.plot(*zip(*mean, strict=True), color=color, linewidth=1.8, label=label, linestyle=style)
