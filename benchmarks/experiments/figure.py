@@ -99,7 +99,7 @@ def _arms(results: Results, quick: bool) -> str:
             for name, digits in QUANTITIES.items()
         ]
         seconds = interval(arm.values(results, tasks(quick), seeds(quick), cpu_seconds))
-        rows.append([arm.name, *cells, f"{seconds.mean:.0f}"])
+        rows.append([arm.name, *cells, seconds.plain(0)])
     return table(["mean over the tasks", "exact", "fidelity", "diversity", "KL, nats", "CPU s"], rows)
 
 

@@ -28,6 +28,10 @@ class Interval:
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0
 
+    def plain(self, digits: int = 2) -> str:
+        """The mean alone."""
+        return "–" if math.isnan(self.mean) else f"{self.mean:.{digits}f}"
+
     def text(self, digits: int = 2, signed: bool = False) -> str:
         if math.isnan(self.mean):
             return "–"

@@ -66,7 +66,7 @@ def _reuse(results: Results, quick: bool) -> str:
                     interval(training).text(),
                     change,
                     interval(kl).text(1),
-                    interval(seconds).text(0).split(" ")[0],
+                    interval(seconds).plain(0),
                 ]
             )
     return table(["", "exact", "exact while training", "− once", "KL, nats", "CPU s"], rows)

@@ -1,0 +1,177 @@
+"""The experiments: what they count with, and each of them in its quick form, by its own command."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import t
+
+
+EXPERIMENTS = Path(__file__).parent.parent / "benchmarks" / "experiments"
+NAMES = ("figure", "baselines", "kl", "objectives", "prompts")
+
+
+@pytest.fixture(autouse=True)
+def modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+
+
+# --- intervals ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_of_one_task_the_interval_is_students():
+    from intervals import interval
+
+    found = interval({("color", 0): 0.5, ("color", 1): 0.7, ("color", 2): 0.9})
+    half = t.ppf(0.975, 2) * 0.2 / math.sqrt(3)  # the standard deviation of .5, .7, .9 is .2
+    assert found.runs == 3
+    assert (found.mean, found.low, found.high) == pytest.approx((0.7, 0.7 - half, 0.7 + half), abs=1e-12)
+    assert found.excludes_zero
+
+
+def test_what_differs_between_tasks_is_no_error():
+    from intervals import interval
+
+    found = interval({("color", 0): 0.9, ("color", 1): 0.9, ("count", 0): 0.1, ("count", 1): 0.1})
+    assert (found.mean, found.low, found.high) == (0.5, 0.5, 0.5)
+
+
+def test_tasks_of_equal_variance_pool_their_degrees_of_freedom():
+    from intervals import interval
+
+    values = {(task, seed): base + 0.1 * seed for task, base in (("a", 0.0), ("b", 5.0)) for seed in range(3)}
+    found = interval(values)
+    half = t.ppf(0.975, 4) * math.sqrt(2 * 0.01 / 3) / 2  # 2 (n - 1) of them, for two tasks of the same spread
+    assert found.high - found.mean == pytest.approx(half, rel=1e-9)
+
+
+def test_one_run_says_nothing_of_others():
+    from intervals import interval, verdict
+
+    found = interval({("color", 0): 0.25})
+    assert found.mean == 0.25 and math.isnan(found.low) and not found.excludes_zero
+    assert found.text() == "0.25" and verdict(found) == "+0.25"
+    assert interval({}).text() == "–"
+
+
+def test_a_difference_is_taken_run_by_run():
+    from intervals import difference, verdict
+
+    first = {("color", seed): value for seed, value in enumerate((0.1, 0.5, 0.9))}
+    second = {("color", seed): value for seed, value in enumerate((0.0, 0.4, 0.8, 7.0))}
+    found = difference(first, second)  # 0.1 each time, however far seeds are from each other
+    assert found.runs == 3
+    assert (found.low, found.high) == pytest.approx((0.1, 0.1), abs=1e-9)
+    assert verdict(found) == "+0.10 [+0.10, +0.10]"
+    assert verdict(difference(first, {("color", 0): 0.3, ("color", 1): 0.3, ("color", 2): 0.3})).endswith(
+        ", not established"
+    )
+
+
+# --- what the KL is at least ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5, 1.0])
+def test_the_bound_is_below_the_kl_of_two_gaussians_and_shows_something(shift):
+    from bound import kl_from_below
+
+    generator = torch.Generator().manual_seed(1)
+    first, second = (torch.randn(1024, 4, generator=generator) for _ in range(2))
+    found = kl_from_below(first + shift, second, seed=0, epochs=10)
+    true = 4 * shift**2 / 2
+    # data processing: no set tells more; the best half-space at a shift of 1 in four dimensions tells 1.2 of the 2 nats
+    assert 0 <= found <= true
+    assert found >= {0.0: 0.0, 0.5: 0.1, 1.0: 0.7}[shift]
+
+
+def test_bernoulli_kl_at_the_confidence_limits():
+    from bound import _told_apart
+
+    first, second = torch.ones(100), torch.zeros(100)
+    likely, unlikely = 0.025 ** (1 / 100), 1 - 0.025 ** (1 / 100)  # Clopper-Pearson of 100 and of 0 in 100
+    expected = likely * math.log(likely / unlikely) + (1 - likely) * math.log((1 - likely) / (1 - unlikely))
+    assert _told_apart(first, second, 0.5) == pytest.approx(expected, rel=1e-9)
+    assert _told_apart(first, first, 0.5) == 0.0
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------------------------------
+
+
+def square(number):
+    if number < 0:
+        raise ValueError(f"{number} is negative")
+    return {"square": number**2}
+
+
+def test_what_is_done_is_kept_and_not_done_again(tmp_path):
+    from runner import Results, Run
+
+    results, run = Results(tmp_path), Run("square", {"number": 3, "of": [1, 2]})
+    assert results.missing([run, Run("square", {"of": [1, 2], "number": 3})]) == [run]  # one run, whatever the order
+    results.add(run, {"square": 9, "nothing": math.nan}, {"commit": "abc"})
+    again = Results(tmp_path)
+    assert again.missing([run]) == [] and again[run]["square"] == 9 and math.isnan(again[run]["nothing"])
+    assert again.missing([Run("cube", run.settings), Run("square", {"number": 4})]) != []
+    [line] = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert json.loads(line)["about"] == {"commit": "abc"}
+
+
+def test_a_failed_run_is_named_and_the_others_are_kept(tmp_path):
+    script = f"""
+import sys
+sys.path[:0] = [{str(EXPERIMENTS)!r}, {str(Path(__file__).parent)!r}]
+import runner
+runner.HEAVY = ()
+from pathlib import Path
+from test_experiments import square
+if __name__ == "__main__":
+    runs = [runner.Run("square", {{"number": number}}) for number in (2, -1, 3)]
+    runner.run_missing(runs, runner.Results(Path({str(tmp_path)!r})), {{"square": square}}, jobs=1)
+"""
+    file = tmp_path / "script.py"
+    file.write_text(script)
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "1 of 3 runs failed" in done.stderr and "-1 is negative" in done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [line["result"]["square"] for line in lines] == [4, 9]
+
+
+def test_tables_go_where_the_page_marks_them():
+    from run import with_tables
+
+    page = "before\n<!-- kl: terms -->\nold\n<!-- end -->\nafter\n<!-- kl: bound -->\n<!-- end -->\n"
+    found = with_tables(page, "kl", {"terms": "| new \\1 |"})
+    assert found == page.replace("\nold\n", "\n\n| new \\1 |\n\n")
+    with pytest.raises(ValueError, match="kl: nowhere"):
+        with_tables(page, "kl", {"nowhere": ""})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_arm_is_another_run(name):
+    module = __import__(name)
+    runs = module.runs()
+    assert len(set(runs)) == len(runs)
+    seeds = {run.settings["seed"] for run in runs if "seed" in run.settings}
+    assert seeds == set(range(5 if name == "figure" else 3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quick(name, tmp_path):
+    command = [sys.executable, EXPERIMENTS / "run.py", name, "--quick", "--jobs", "1", "--folder", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tables = re.findall(rf"^{name}: (.+)$", done.stdout, re.MULTILINE)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(tables) >= 2 and len(rows) > 2 * len(tables)
+    assert (tmp_path / f"{name}.svg").read_text().startswith("<?xml")
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    module = __import__(name)
+    assert len(lines) == len(set(module.runs(quick=True)))
+    again = subprocess.run([*command, "--no-runs"], capture_output=True, text=True)
+    assert again.stdout == done.stdout  # tables are of what is kept
