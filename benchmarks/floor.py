@@ -162,11 +162,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     settings = {"steps": 10, "repeats": arguments.repeats, "now": CLOCKS[arguments.clock]}
+    batches = 8, 64
     if arguments.quick:
         settings.update(steps=2, repeats=1)
+        batches = 2, 2
     print(HEADER, flush=True)
-    compare("SD with UNet (64, 128)", larger_pipeline(), batch=8, guidance=5.0, **settings)
-    compare("demo pipeline", load_demo_pipeline(), batch=64, guidance=1.0, **settings)
+    compare("SD with UNet (64, 128)", larger_pipeline(), batch=batches[0], guidance=5.0, **settings)
+    compare("demo pipeline", load_demo_pipeline(), batch=batches[1], guidance=1.0, **settings)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""The benchmarks run: each in its quick form, by its own command."""
+"""The benchmarks run: each in its quick form. Those that train do so in this process, which has torch and diffusers loaded already."""
 
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -45,3 +49,105 @@ def test_rewards():
         assert float(seconds) >= float(least)  # no clock runs backwards
         assert abs(float(share) - float(seconds) / float(least)) < 0.02
         assert abs(float(ratio) - float(seconds) / float(larger)) < 0.02
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """A benchmark's module, by its name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def quick_rows(benchmark, monkeypatch, capsys):
+    """The cells of the table that a benchmark prints."""
+
+    def start(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, "--quick", *arguments])
+        benchmark(name).main()
+        header, line, *rest = [text for text in capsys.readouterr().out.splitlines() if text.startswith("|")]
+        assert set(line) <= set("|-:") and all(row.count("|") == header.count("|") for row in rest)
+        return [[cell.strip() for cell in row.strip("|").split("|")] for row in rest]
+
+    return start
+
+
+def test_floor(quick_rows):
+    found = quick_rows("floor", "--clock", "cpu")
+    assert [(row[0], row[4]) for row in found] == [
+        (pipeline, part) for pipeline in ("SD with UNet (64, 128)", "demo pipeline") for part in ("rollout", "update")
+    ]
+    for row in found:
+        ours, bare, ratio = map(float, row[5:8])
+        assert ratio == pytest.approx(ours / bare, rel=0.01) and row[8] == f"{row[7]} to {row[7]}"
+
+
+def test_epoch(quick_rows):
+    found = quick_rows("epoch")
+    names = [row[1] for row in found[: len(found) // 2]]
+    assert [row[1] for row in found] == 2 * names
+    for pipeline in (found[: len(names)], found[len(names) :]):
+        of = {row[1]: row[2:] for row in pipeline}
+        *parts, _, _, whole = names
+        assert sum(float(of[part][0]) for part in parts) == pytest.approx(
+            float(of[whole][0]), abs=0.05 * len(parts) + 0.05
+        )
+        assert sum(float(of[part][1].removesuffix(" %")) for part in parts) == pytest.approx(
+            100, abs=0.05 * len(parts)
+        )
+        # two steps, and one replay of the reference with both
+        calls = {part: int(of[part][2]) for part in parts if part.startswith(("denoiser", "replay"))}
+        assert list(calls.values()) == [2, 2, 2, 3, 2]
+
+
+def test_time_counts_for_the_innermost_part(benchmark):
+    clock = iter([0.0, 1.0, 3.0, 4.0, 10.0, 20.0, 21.0]).__next__
+    parts = benchmark("epoch").Parts(clock)
+    with parts.part("outer"), parts.part("inner"):  # from 0 and from 1, to 4 and to 10
+        assert clock() == 3.0
+    with pytest.raises(KeyError), parts.part("outer"):  # 20 to 21
+        raise KeyError
+    assert parts.take() == ({"outer": 7.0 + 1.0, "inner": 3.0}, {"outer": 2, "inner": 1})
+    assert parts.take() == ({}, {})
+
+
+def test_growth(quick_rows, tmp_path):
+    picture = tmp_path / "growth.svg"
+    found = quick_rows("growth", "--plot", str(picture))
+    assert [(row[0], row[1]) for row in found] == [("images", "16, 32"), ("steps", "2, 3"), ("prompts", "1, 2")]
+    for _, points, seconds, fixed, slope, distance in found:
+        (x, _), (y, _) = ([float(one) for one in cell.split(", ")] for cell in (points, seconds))
+        assert float(fixed) + x * float(slope) == pytest.approx(y, abs=2e-3)  # two points are on their line
+        assert distance == "0.0 %"
+    assert picture.read_text().count("<svg") == 1
+
+
+def test_the_line_of_least_squares(benchmark):
+    line = benchmark("growth").line
+    assert line([1, 2, 4], [5.0, 7.0, 11.0]) == pytest.approx((3.0, 2.0, 0.0), abs=1e-12)
+    # means 2 and 4, slope (-1 * -2 + 1 * 3) / 2; on the line are 1.5, 4 and 6.5
+    assert line([1, 2, 3], [2.0, 3.0, 7.0]) == pytest.approx((-1.0, 2.5, 1 / 3))
+
+
+def test_gpu(quick_rows):
+    [row] = quick_rows("gpu")
+    assert row[:3] == ["quick", "eager", "2"] and row[-1] == "not on a CPU"
+    assert all(float(cell.removesuffix(" %")) > 0 for cell in row[3:9])
+
+
+def test_operations_are_counted(benchmark):
+    gpu = benchmark("gpu")
+    layer = torch.nn.Linear(3, 5)
+    x = torch.randn(7, 3, requires_grad=True)
+    assert gpu.flops(lambda: layer(x)) == 2 * 7 * 3 * 5
+    assert gpu.flops(lambda: layer(x).sum().backward()) == 3 * 2 * 7 * 3 * 5  # the gradients of x and of the weight
+    convolution = torch.nn.Conv2d(3, 5, 3, padding=1)
+    assert gpu.flops(lambda: convolution(torch.randn(2, 3, 4, 4))) == 2 * (2 * 4 * 4) * 5 * (3 * 3 * 3)
+    assert gpu.share_of_rate(200, seconds=2, rate=400) == 0.25
+
+
+@pytest.mark.parametrize(("shape", "parameters"), [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])
+def test_the_shapes_are_those_of_the_known_networks(shape, parameters, benchmark):
+    with torch.device("meta"):
+        unet = benchmark("gpu").SHAPES[shape].make_unet()
+    assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
