@@ -20,7 +20,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +36,7 @@ HEADER = """\
 
 BATCH = 16
 IMAGES, STEPS, PROMPTS = 32, 10, 1  # where another one is varied
+VARIED: dict[str, Sequence[int]] = {"images": (16, 32, 64, 96), "steps": (5, 10, 15, 20), "prompts": (1, 4, 12)}
 # Distinct prompts of the demo's grammar.
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle")
@@ -83,8 +83,10 @@ def line(points: Sequence[float], seconds: Sequence[float]) -> tuple[float, floa
 
 
 def row(what: str, points: Sequence[int], seconds: Sequence[float]) -> str:
-    fixed, slope, distance = line(points, seconds)
     numbers = ", ".join(map(str, points)), ", ".join(f"{one:.3f}" for one in seconds)
+    if what not in VARIED:  # processes: two points are always on a line
+        return f"| {what} | {numbers[0]} | {numbers[1]} | | | |"
+    fixed, slope, distance = line(points, seconds)
     return f"| {what} | {numbers[0]} | {numbers[1]} | {fixed:.3f} | {slope:.5f} | {100 * distance:.1f} % |"
 
 
@@ -168,12 +170,7 @@ def main() -> None:
             trainer = make_trainer(folder, *arguments.worker)
             print(json.dumps(epoch_seconds([trainer], arguments.repeats, now)[0]))
             return
-        varied: dict[str, Sequence[int]] = {
-            "images": (16, 32, 64, 96),
-            "steps": (5, 10, 15, 20),
-            "prompts": (1, 4, 12),
-        }
-        fixed: dict[str, Any] = {}
+        varied, fixed = VARIED, {}
         if arguments.quick:
             varied, fixed = {"images": (16, 32), "steps": (2, 3), "prompts": (1, 2)}, {"images": 16, "steps": 2}
             arguments.repeats = 1
