@@ -17,6 +17,7 @@ from peft import LoraConfig
 
 from dpok_trl.policy.errors import ReplayError, UnsupportedPipelineError
 from dpok_trl.policy.hooks import PipelineHooks
+from dpok_trl.policy.interception import Proxy
 from dpok_trl.policy.lora import adapter_name, prepare_adapter
 from dpok_trl.policy.policy import Policy
 from dpok_trl.policy.schedulers import UnsupportedSchedulerError, scheduler_step
@@ -527,3 +528,21 @@ def test_a_grid_that_gives_two_steps_the_same_rounded_timestep_is_walked():
     trajectory = policy.rollout(PROMPTS, SEEDS)
     with torch.no_grad():
         assert torch.equal(log_probs(policy(trajectory)), trajectory.log_probs)
+
+
+def test_a_replay_walks_no_tree_of_modules(monkeypatch):
+    """diffusers looks through all modules of a pipeline for hooks in every call; walking the trees each time is most of what a replay costs beside the network."""
+    policy = make_policy("sd")
+    trajectory = policy.rollout(PROMPTS, SEEDS)
+    expected = [step.log_prob for step in policy(trajectory)]
+
+    def walk(module, *args, **kwargs):
+        raise AssertionError(f"the modules of {type(module).__name__} are walked over")
+
+    for method in ("modules", "named_modules", "parameters", "named_parameters"):
+        monkeypatch.setattr(torch.nn.Module, method, walk)
+    assert all(map(torch.equal, (step.log_prob for step in policy(trajectory)), expected))
+    for name in ("vae", "text_encoder", "unet"):  # the pipeline has its own again
+        assert (
+            isinstance(policy.pipe.__dict__[name], torch.nn.Module) and type(policy.pipe.__dict__[name]) is not Proxy
+        )

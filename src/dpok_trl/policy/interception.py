@@ -61,7 +61,7 @@ class Networks:
         dtypes (`Mapping[str, torch.dtype]`): What the pipeline takes their dtype for: the one it was loaded in. Asked for once, since diffusers looks at
             every module of a network for an answer.
         device (`torch.device`): Likewise.
-        modules (`Mapping[str, Sequence[torch.nn.Module]]`): All modules of each denoiser, listed once: in every call a pipeline looks through them for
+        modules (`Mapping[str, Sequence[torch.nn.Module]]`): All modules of each component, listed once: in every call a pipeline looks through them for
             hooks, thousands of them in a large network, and walking the tree is most of that work.
         master_weights (`bool`): The denoisers are kept in fp32, whatever the pipeline's dtype (full fine-tuning).
         absent (`Collection[str]`): Components that are off the device; a replay needs none of them.
@@ -93,28 +93,30 @@ class Proxy:
     """Stands before a component: a call goes to `answer`, everything else (config, cache_context ...) to the component.
 
     A plain object, not a module and not a patched `forward`, so that compilation, hooks and sharding of the component are left alone.
+
+    Args:
+        answer (`Callable`): Of `(args, kwargs)`.
+        known (`Any`): Attributes of the component that need not be asked for in each call: `device`, `dtype`.
     """
 
     def __init__(
         self,
         component: torch.nn.Module,
-        answer: Callable[..., Any],
-        dtype: torch.dtype,
-        device: torch.device,
-        modules: Sequence[torch.nn.Module] | None = None,
+        answer: Callable[[tuple, dict], Any],
+        modules: Sequence[torch.nn.Module],
+        **known: Any,
     ):
         self._component = component
         self._answer = answer
         self._listed = modules
-        self.dtype = dtype
-        self.device = device
+        self.__dict__.update(known)
 
     @property
     def __class__(self) -> type:
         return type(self._component)  # pipelines ask `isinstance`
 
     def modules(self) -> Iterator[torch.nn.Module]:
-        return self._component.modules() if self._listed is None else iter(self._listed)
+        return iter(self._listed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._answer(args, kwargs)
@@ -142,14 +144,18 @@ def intercepted(pipe: DiffusionPipeline, answers: Answers, networks: Networks) -
     scheduler.step = step
     answers.prepare_scheduler(scheduler)
     swapped: dict[str, Any] = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
+    for name, modules in networks.modules.items():
+        component = networks.denoisers[name] if name in networks.denoisers else getattr(pipe, name)
+        known = {"device": networks.device}
+        if name in networks.denoisers:
+            answer, known["dtype"] = _denoise_as(answers, name), networks.dtypes[name]
+        elif name in networks.absent:
+            answer = _absent(name)
+        else:
+            answer = _passed_on(component)
+        swapped[name] = Proxy(component, answer, modules, **known)
     if blackens_images(pipe):
         swapped["safety_checker"] = None
-    for name, module in networks.denoisers.items():
-        swapped[name] = Proxy(
-            module, _denoise_as(answers, name), networks.dtypes[name], networks.device, networks.modules[name]
-        )
-    for name in networks.absent:
-        swapped[name] = Proxy(getattr(pipe, name), _absent(name), getattr(pipe, name).dtype, networks.device)
     if networks.memo is not None or networks.encode_prompt is not None:
         swapped["encode_prompt"] = lambda *args, **kwargs: answers.encode_prompt(args, kwargs)
 
@@ -187,6 +193,10 @@ def blackens_images(pipe: DiffusionPipeline) -> bool:
 
 def _denoise_as(answers: Answers, name: str) -> Callable[[tuple, dict], Any]:
     return lambda args, kwargs: answers.denoise(name, args, kwargs)
+
+
+def _passed_on(component: torch.nn.Module) -> Callable[[tuple, dict], Any]:
+    return lambda args, kwargs: component(*args, **kwargs)
 
 
 def _absent(name: str) -> Callable[[tuple, dict], Any]:

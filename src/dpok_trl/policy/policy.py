@@ -338,8 +338,9 @@ class Policy(nn.Module):
         if recording is None:
             dtypes = {name: tuned.frozen.get(name, module).dtype for name, module in tuned.denoisers.items()}
             device = self.pipe._execution_device
-            modules = {name: list(module.modules()) for name, module in tuned.denoisers.items()}
-            refuse_caches(modules)
+            parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+            modules = {name: list(part.modules()) for name, part in {**parts, **tuned.denoisers}.items()}
+            refuse_caches({name: modules[name] for name in tuned.denoisers})
         else:
             dtypes, device, modules = recording.dtypes, recording.device, recording.modules
         return Networks(

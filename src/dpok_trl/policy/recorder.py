@@ -26,7 +26,7 @@ class Recording:
     Args:
         device (`torch.device`): Where the pipeline computes and the generators draw.
         dtypes (`dict[str, torch.dtype]`): Of the denoisers, as the pipeline sees them.
-        modules (`dict[str, list[torch.nn.Module]]`): All of each.
+        modules (`dict[str, list[torch.nn.Module]]`): All of each component.
         scheduler (`str`): Class and config of the scheduler.
         grid ([`SchedulerGrid`]): Of the steps that the pipeline walked: an image-to-image pipeline starts in the middle of its scheduler's.
         begin (`int`): Where in the scheduler's grid.
