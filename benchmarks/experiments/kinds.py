@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +83,25 @@ def base(task: str, images: int, best_of: Sequence[int]) -> dict[str, Any]:
             name: [number(comparison.best_of(name, n)) for n in best_of] for name in ("exact", "soft", "greenness")
         },
     }
+
+
+def ours(**settings: Any) -> dict[str, Any]:
+    """Our side of the race, see race/README.md."""
+    return _race(sys.executable, "ours.py", settings)
+
+
+def trl(**settings: Any) -> dict[str, Any]:
+    """TRL's side of the race, run by the environment that `DPOK_TRL_ENV` names."""
+    return _race(str(Path(os.environ["DPOK_TRL_ENV"]) / "bin" / "python"), "trl_ddpo.py", settings)
+
+
+def _race(python: str, script: str, settings: dict[str, Any]) -> dict[str, Any]:
+    command = [python, str(Path(__file__).parent / "race" / script), json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stderr)
+    if done.returncode:
+        raise RuntimeError(f"{script} failed: {done.stderr[-1000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------
@@ -182,4 +206,4 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-KINDS = {"rl": rl, "sft": sft, "bound": bound, "base": base}
+KINDS = {"rl": rl, "sft": sft, "bound": bound, "base": base, "ours": ours, "trl": trl}

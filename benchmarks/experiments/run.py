@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from plots import save
 from runner import Results, run_missing
 
 
-EXPERIMENTS = ("figure", "baselines", "kl", "objectives", "prompts")
+EXPERIMENTS = ("figure", "baselines", "kl", "objectives", "prompts", "race")
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "experiments.md"
 IMAGES = ROOT / "docs" / "images" / "experiments"
@@ -36,6 +37,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny runs of one seed, to see that all of it works")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "results", help="of the results")
     arguments = parser.parse_args()
+    if "race" in arguments.experiment and not arguments.no_runs and "DPOK_TRL_ENV" not in os.environ:
+        parser.error(
+            "the race needs TRL v0.23: make its environment by race/make_trl_env.sh, and name it by DPOK_TRL_ENV"
+        )
     if arguments.quick and arguments.page:
         parser.error("--quick trains next to nothing: leave out --page")
     results = Results(arguments.folder)
@@ -45,6 +50,8 @@ def main() -> None:
         if arguments.seeds is not None:
             runs = [run for run in runs if run.settings.get("seed", 0) < arguments.seeds]
         run_missing(runs, results, KINDS, arguments.jobs)
+        if "race" in experiments:  # whose runs depend on those of its search
+            run_missing(experiments["race"].runs_after(results, arguments.quick), results, KINDS, arguments.jobs)
     for name, experiment in experiments.items():
         tables = experiment.tables(results, arguments.quick)
         figure = experiment.plot(results, arguments.quick)
