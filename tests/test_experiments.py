@@ -187,7 +187,7 @@ def test_the_best_setting_is_that_of_the_least_time_and_never_is_all_of_it(tmp_p
     results = Results(tmp_path)
     found = race.searched("TRL", quick=False)
     assert len(found) == len(race.searched("ours, KL", quick=False)) == len(race.searched("ours, no KL", quick=False))
-    for place, (setting, those) in enumerate(found.items()):
+    for place, those in enumerate(found.values()):
         for seed, run in enumerate(those):
             # the fifth: 60 on average. The second: 10 and never, which is 54.5. The others: 70
             seconds = {1: (10.0, None), 4: (60.0, 60.0)}.get(place, (70.0, 70.0))[seed]

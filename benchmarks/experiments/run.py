@@ -16,7 +16,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from kinds import KINDS
 from plots import save
 from runner import Results, run_missing
 
@@ -46,6 +45,8 @@ def main() -> None:
     results = Results(arguments.folder)
     experiments = {name: importlib.import_module(name) for name in arguments.experiment}
     if not arguments.no_runs:
+        from kinds import KINDS  # which need everything
+
         runs = [run for experiment in experiments.values() for run in experiment.runs(arguments.quick)]
         if arguments.seeds is not None:
             runs = [run for run in runs if run.settings.get("seed", 0) < arguments.seeds]
