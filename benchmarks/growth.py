@@ -146,7 +146,7 @@ def draw(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path
         ends = np.array([0, max(points)])
         panel.plot(ends, fixed + slope * ends, color="#8aa", linewidth=1.2)
         panel.plot(points, seconds, "o", color="#235", markersize=5)
-        panel.set(xlabel=what, xlim=(0, 1.06 * max(points)), ylim=(0, 1.15 * max(seconds)))
+        panel.set(xlabel=what, xticks=(0, *points), xlim=(0, 1.06 * max(points)), ylim=(0, 1.15 * max(seconds)))
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("seconds an epoch")
     figure.savefig(path, metadata={"Date": None})

@@ -151,3 +151,10 @@ def test_the_shapes_are_those_of_the_known_networks(shape, parameters, benchmark
     with torch.device("meta"):
         unet = benchmark("gpu").SHAPES[shape].make_unet()
     assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
+
+
+def test_denoiser(quick_rows):
+    [(network, batch, *milliseconds)] = quick_rows("denoiser")
+    assert (network, batch) == ("eager", "2")
+    forward, reference, backward = map(float, milliseconds)
+    assert 0 < reference and 0 < forward < backward  # a backward pass is a forward one and more
