@@ -157,4 +157,4 @@ def test_denoiser(quick_rows):
     [(network, batch, *milliseconds)] = quick_rows("denoiser")
     assert (network, batch) == ("eager", "2")
     forward, reference, backward = map(float, milliseconds)
-    assert 0 < reference and 0 < forward < backward  # a backward pass is a forward one and more
+    assert reference > 0 and 0 < forward < backward  # a backward pass is a forward one and more
