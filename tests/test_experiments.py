@@ -40,6 +40,7 @@ def test_what_differs_between_tasks_is_no_error():
 
     found = interval({("color", 0): 0.9, ("color", 1): 0.9, ("count", 0): 0.1, ("count", 1): 0.1})
     assert (found.mean, found.low, found.high) == (0.5, 0.5, 0.5)
+    assert found.text() == "0.50 (all alike)"
 
 
 def test_tasks_of_equal_variance_pool_their_degrees_of_freedom():
@@ -68,7 +69,7 @@ def test_a_difference_is_taken_run_by_run():
     found = difference(first, second)  # 0.1 each time, however far seeds are from each other
     assert found.runs == 3
     assert (found.low, found.high) == pytest.approx((0.1, 0.1), abs=1e-9)
-    assert verdict(found) == "+0.10 [+0.10, +0.10]"
+    assert verdict(found) in ("+0.10 [+0.10, +0.10]", "+0.10 (all alike)")
     assert verdict(difference(first, {("color", 0): 0.3, ("color", 1): 0.3, ("color", 2): 0.3})).endswith(
         ", not established"
     )

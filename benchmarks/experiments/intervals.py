@@ -39,6 +39,8 @@ class Interval:
         mean = f"{self.mean:{sign}.{digits}f}"
         if math.isnan(self.low):
             return mean
+        if self.low == self.high:  # as happens where few runs are judged by few images; it is no certainty
+            return f"{mean} (all alike)"
         return f"{mean} [{self.low:{sign}.{digits}f}, {self.high:{sign}.{digits}f}]"
 
 
