@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from arms import TASKS, Arm, cpu_seconds, final, rl, sft
 from intervals import Values, difference, interval, table, verdict
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from plots import FAINT, figure, point
+from plots import FAINT, figure, legend_below, point
 from runner import Results, Run
 
 
@@ -155,32 +156,28 @@ def plot(results: Results, quick: bool = False) -> Figure:
     """Exact against the KL, for each task; and for the reward that can be hacked."""
     whole, axes = figure(3, 2)
     for axis, task in zip(axes, tasks(quick), strict=False):
-        axis.set_title(task)
-        start = results[base(task, quick)]
         counts = base(task, quick).settings["best_of"]
-        free = [(best_of_kl(n), mean) for n, (mean, _) in zip(counts, start["best_of"]["exact"], strict=True)]
+        best = results[base(task, quick)]["best_of"]["exact"]
+        free = [(best_of_kl(n), mean) for n, (mean, _) in zip(counts, best, strict=True)]
         axis.plot(*zip(*free, strict=True), color=FAINT, linewidth=1, linestyle=":", label="best of n, no training")
-        for index, arm in enumerate([*reinforced(quick), *supervised(quick)]):
-            found = [arm.values(results, [task], seeds(quick), final(name)) for name in ("kl", "exact")]
-            if found[0]:
-                point(axis, *(interval(one) for one in found), index, arm.name)
-        axis.set_xscale("symlog", linthresh=1)
-        axis.set(xlabel="KL from the pretrained model, nats", ylabel="exact", xlim=(0, None))
-    for axis, name, title in zip(
-        axes[4:], ("exact", "greenness"), ("greenness: what is lost", "greenness: what is gained"), strict=True
-    ):
-        axis.set_title(title)
+        _against_kl(axis, results, quick, [*reinforced(quick), *supervised(quick)], task, "exact")
+        axis.set(title=task, ylim=(0.25, 1.03))
+    for axis, name in zip(axes[4:], ("exact", "greenness"), strict=True):
         start = results[base("color", quick)]["final"]["color"][name][0][0]
-        axis.axhline(start, color=FAINT, linewidth=1, linestyle=":")
-        for index, arm in enumerate(hacked(quick)):
-            found = [arm.values(results, ["color"], seeds(quick), final(one)) for one in ("kl", name)]
-            if found[0]:
-                point(axis, *(interval(one) for one in found), index, arm.name)
-        axis.set_xscale("symlog", linthresh=1)
-        axis.set(xlabel="KL, nats", ylabel=name, xlim=(0, None))
-        axis.legend(fontsize=6.5)
-    axes[0].legend(fontsize=6, loc="lower right")
+        axis.axhline(start, color=FAINT, linewidth=1, linestyle="--", label="pretrained")
+        _against_kl(axis, results, quick, hacked(quick), "color", name)
+        axis.set(title="color, trained on greenness")
+    axes[5].legend(fontsize=7)
+    legend_below(whole, axes[0], columns=4)
     return whole
+
+
+def _against_kl(axis: Axes, results: Results, quick: bool, arms: Sequence[Arm], task: str, name: str) -> None:
+    axis.set_xscale("symlog", linthresh=1)
+    for index, arm in enumerate(arms):
+        found = [arm.values(results, [task], seeds(quick), final(one)) for one in ("kl", name)]
+        point(axis, *found, index, arm.name)
+    axis.set(xlabel="KL from the pretrained model, nats", ylabel=name, xlim=(0, None))
 
 
 def best_of_kl(n: int) -> float:

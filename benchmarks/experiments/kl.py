@@ -108,24 +108,21 @@ def kl_from_below(result: Result, task: str) -> float:
 
 
 def plot(results: Results, quick: bool = False) -> Figure:
-    whole, axes = figure(3)
+    whole, axes = figure(3, width=3.1)
     for axis, task in zip(axes, tasks(quick), strict=False):
-        axis.set_title(task)
         for index, (name, (_, weights)) in enumerate(TERMS.items()):
             for weight in weights:
                 arm = term(name, weight, quick)
                 found = [arm.values(results, [task], seeds(quick), final(one)) for one in ("kl", "exact")]
-                if found[0]:
-                    label = name if weight == weights[0] else None
-                    point(axis, *(interval(one) for one in found), index, label)
-        axis.set(xlabel="KL of a path, nats", ylabel="exact")
+                point(axis, *found, index, name if weight == weights[0] else None)
+        axis.set(title=task, xlabel="KL of a path, nats", ylabel="exact")
         axis.legend(fontsize=7)
-    axes[2].set_title("color: how tight the bound is")
+    axes[2].set_xscale("log")
     for index, arm in enumerate(bounds(quick)):
         found = [arm.values(results, ["color"], seeds(quick), measure) for measure in (final("kl"), kl_from_below)]
-        if found[0]:
-            point(axes[2], *(interval(one) for one in found), index, arm.name)
-    axes[2].set_xscale("log")
-    axes[2].set(xlabel="KL of a path, nats", ylabel="KL of x_0, nats, at least", ylim=(0, None))
+        point(axes[2], *found, index, arm.name)
+    axes[2].set(
+        title="color: the bound", xlabel="KL of a path, nats", ylabel="KL of x_0, nats, at least", ylim=(0, None)
+    )
     axes[2].legend(fontsize=7)
     return whole

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 
 import numpy as np
-from intervals import Interval
+from intervals import Values, interval
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 INK, FAINT, GRID = "#1c1e21", "#62676e", "#e4e7eb"
 # Hues that differ in lightness too (Okabe and Ito, https://jfly.uni-koeln.de/color/).
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#7f7f7f")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#7f7f7f", "#b8a400", "#1c1e21")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", "*")
 STYLE = {
     "font.size": 8.5,
     "axes.edgecolor": GRID,
@@ -41,33 +41,32 @@ STYLE = {
 
 def figure(columns: int, rows: int = 1, width: float = 2.9, height: float = 2.5) -> tuple[Figure, list[Axes]]:
     """Axes row by row; sizes are of one of them, in inches."""
-    with rc_context(STYLE):
-        whole = Figure(figsize=(width * columns, height * rows), layout="constrained")
-        axes = whole.subplots(rows, columns, squeeze=False)
-    return whole, list(axes.flat)
+    whole = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return whole, list(whole.subplots(rows, columns, squeeze=False).flat)
 
 
-def save(whole: Figure, path: Path) -> None:
+def legend_below(whole: Figure, axes: Axes, columns: int) -> None:
+    """Of these axes, for all."""
+    whole.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=7.5)
+
+
+def save(plot: Callable[[], Figure], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
+        whole = plot()
         whole.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150, facecolor="white")
 
 
-def point(axes: Axes, x: Interval, y: Interval, index: int, label: str | None = None) -> None:
-    """A mean with its intervals in both directions; without those where there is one run."""
-    errors = [None if np.isnan(one.low) else [[one.mean - one.low], [one.high - one.mean]] for one in (x, y)]
-    axes.errorbar(
-        x.mean,
-        y.mean,
-        xerr=errors[0],
-        yerr=errors[1],
-        color=COLORS[index % len(COLORS)],
-        marker=MARKERS[index % len(MARKERS)],
-        markersize=5,
-        elinewidth=0.8,
-        label=label,
-        linestyle="none",
-    )
+def point(axes: Axes, x: Values, y: Values, index: int, label: str | None = None) -> None:
+    """Runs, faint, and their mean with its interval upwards and downwards (on a logarithmic axis the mean of x is the geometric one)."""
+    if not x:
+        return
+    style = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)], "linestyle": "none"}
+    axes.plot([x[key] for key in x], [y[key] for key in x], markersize=2.5, alpha=0.35, markeredgewidth=0, **style)
+    found = interval(y)
+    error = None if np.isnan(found.low) else [[found.mean - found.low], [found.high - found.mean]]
+    middle = fmean(x.values()) if axes.get_xscale() == "linear" else geometric_mean(x.values())
+    axes.errorbar(middle, found.mean, yerr=error, markersize=5, elinewidth=0.9, label=label, **style)
 
 
 def curve(

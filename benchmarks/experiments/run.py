@@ -14,6 +14,7 @@ import importlib
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from plots import save
@@ -55,12 +56,12 @@ def main() -> None:
             run_missing(experiments["race"].runs_after(results, arguments.quick), results, KINDS, arguments.jobs)
     for name, experiment in experiments.items():
         tables = experiment.tables(results, arguments.quick)
-        figure = experiment.plot(results, arguments.quick)
         for title, table in tables.items():
             print(f"{name}: {title}\n\n{table}\n")
-        save(figure, arguments.folder / f"{name}.svg")
+        plot = partial(experiment.plot, results, arguments.quick)
+        save(plot, arguments.folder / f"{name}.svg")
         if arguments.page:
-            save(figure, IMAGES / f"{name}.svg")
+            save(plot, IMAGES / f"{name}.svg")
             PAGE.write_text(with_tables(PAGE.read_text(), name, tables))
 
 
