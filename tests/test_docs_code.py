@@ -9,6 +9,7 @@ A page is one program: its blocks run from top to bottom in one namespace and on
 """
 
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -241,6 +242,8 @@ def understood(words: list[str]) -> None:
         assert {name for one in extras for name in one.split(",")} <= set(known)
     elif program == "hf":
         assert argv[:2] == ["auth", "login"] or argv[0] in ("download", "upload")
+    elif "/" in program:
+        assert os.access(REPOSITORY / program, os.X_OK)  # a script of the repository
     else:
         assert program in NOT_HERE.keys() | SHELL, f"no program known here: {program}"
 

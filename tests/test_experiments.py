@@ -14,6 +14,7 @@ from scipy.stats import t, ttest_ind
 
 
 EXPERIMENTS = Path(__file__).parent.parent / "benchmarks" / "experiments"
+PUBLISHED = ("figure", "race")
 NAMES = ("figure", "baselines", "kl", "objectives", "prompts")
 
 
@@ -152,6 +153,16 @@ def test_tables_go_where_the_page_marks_them():
     assert found == page.replace("\nold\n", "\n\n| new \\1 |\n\n")
     with pytest.raises(ValueError, match="kl: nowhere"):
         with_tables(page, "kl", {"nowhere": ""})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_page_has_the_tables_of_the_results(name):
+    from run import PAGE, with_tables
+    from runner import Results
+
+    page = PAGE.read_text()
+    tables = __import__(name).tables(Results(EXPERIMENTS / "results"))
+    assert with_tables(page, name, tables) == page
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -66,6 +66,8 @@ class Results:
         return run.key in self._found
 
     def __getitem__(self, run: Run) -> Result:
+        if run not in self:
+            raise LookupError(f"{self.path} has no result of this run, which the table needs; do it first: {run.key}")
         return self._found[run.key]
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
