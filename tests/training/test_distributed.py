@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpok_trl.results.runlog import read_metrics
+from dpok_trl.training.setup import end_gloo_group
 
 
 HERE = Path(__file__).parent
@@ -226,3 +227,11 @@ def test_two_processes_train_more_than_the_denoisers_adapter(ranks, name):
     _, folder = ranks
     lines = [line for line in read_metrics(folder / name) if "loss" in line]
     assert lines[0]["policy/ratio_deviation_max"] == lines[0]["kl"] == 0.0 < lines[-1]["kl"]
+
+
+def test_the_process_group_of_gloo_is_ended_with_the_process():
+    distributed = torch.distributed
+    end_gloo_group()  # nothing to end
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    end_gloo_group()
+    assert not distributed.is_initialized()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Iterable
@@ -42,6 +43,8 @@ def make_accelerator(config: DPOKConfig) -> Accelerator:
         step_scheduler_with_optimizer=False,  # or it would step once for each process
         **arguments,
     )
+    atexit.unregister(end_gloo_group)
+    atexit.register(end_gloo_group)
     if (
         accelerator.gradient_accumulation_steps != 1
     ):  # from `accelerate launch` or its config file; it would divide the loss once more
@@ -71,6 +74,14 @@ def make_accelerator(config: DPOKConfig) -> Accelerator:
             "that `accelerate launch --cpu --num_processes 2` starts one process only (use `torchrun --nproc_per_node 2`)."
         )
     return accelerator
+
+
+def end_gloo_group() -> None:
+    """Ends a process group of gloo, when the process ends. Its threads release Python objects; one that does so while Python shuts down aborts the process ("terminate
+    called without an active exception"), and the launcher takes a run for failed that has done all its work. NCCL's group is left: ending it may wait for a process that is dead."""
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_backend() == "gloo":
+        group.destroy_process_group()
 
 
 def settle_output_dir(config: DPOKConfig, accelerator: Accelerator) -> Path:
