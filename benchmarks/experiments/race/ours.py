@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
-# In this process, so that its CPU time is counted; torch reads it when it is imported.
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+if __name__ == "__main__":  # compile in this process, so that its CPU time is counted; torch reads it when it is imported
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
 from evaluation import evaluate
