@@ -33,7 +33,7 @@ def test_of_one_task_the_interval_is_students():
     half = t.ppf(0.975, 2) * 0.2 / math.sqrt(3)  # the standard deviation of .5, .7, .9 is .2
     assert found.runs == 3
     assert (found.mean, found.low, found.high) == pytest.approx((0.7, 0.7 - half, 0.7 + half), abs=1e-12)
-    assert found.excludes_zero
+    assert found.shows_an_effect
 
 
 def test_what_differs_between_tasks_is_no_error():
@@ -57,7 +57,7 @@ def test_one_run_says_nothing_of_others():
     from intervals import interval, verdict
 
     found = interval({("color", 0): 0.25})
-    assert found.mean == 0.25 and math.isnan(found.low) and not found.excludes_zero
+    assert found.mean == 0.25 and math.isnan(found.low) and not found.shows_an_effect
     assert found.text() == "0.25" and verdict(found) == "+0.25"
     assert interval({}).text() == "–"
 
@@ -66,7 +66,7 @@ def test_a_difference_is_taken_run_by_run():
     from intervals import difference, verdict
 
     first = {("color", seed): value for seed, value in enumerate((0.25, 0.5, 1.0))}
-    second = {("color", seed): value for seed, value in enumerate((0.0, 0.25, 0.75, 7.0))}
+    second = {("color", seed): value for seed, value in enumerate((0.0, 0.25, 0.75))}
     found = difference(first, second)  # 0.25 each time, however far seeds are from each other
     assert found.runs == 3
     assert (found.low, found.high) == (0.25, 0.25)
@@ -74,6 +74,38 @@ def test_a_difference_is_taken_run_by_run():
     assert verdict(difference(first, {("color", 0): 0.3, ("color", 1): 0.3, ("color", 2): 0.3})).endswith(
         ", not established"
     )
+    with pytest.raises(ValueError, match="other tasks or seeds"):
+        difference(first, {("color", 0): 0.3})
+
+
+def test_what_spreads_by_factors_is_compared_by_factors():
+    from intervals import geometric, ratio, verdict
+
+    first = {("color", seed): value for seed, value in enumerate((1.0, 10.0, 100.0))}
+    found = geometric(first)
+    half = t.ppf(0.975, 2) * math.log(10) / math.sqrt(3)  # the standard deviation of log 1, log 10, log 100 is log 10
+    expected = (10, 10 * math.exp(-half), 10 * math.exp(half))
+    assert (found.mean, found.low, found.high) == pytest.approx(expected, rel=1e-12)
+    halved = {key: value / (2 + seed) for seed, (key, value) in enumerate(first.items())}  # by 2, 3 and 4
+    found = ratio(first, halved)
+    assert found.mean == pytest.approx(24 ** (1 / 3), rel=1e-12) and found.shows_an_effect
+    assert verdict(found).startswith("× 2.88 [") and "not established" not in verdict(found)
+    assert verdict(ratio(first, {key: 10.0 for key in first})).endswith(", not established")
+
+
+def test_tasks_of_one_run_count_once():
+    from intervals import interval, over_tasks
+
+    values = {(task, seed): base + seed for task, base in (("a", 0.0), ("b", 5.0)) for seed in range(3)}
+    assert over_tasks(values) == {("", 0): 2.5, ("", 1): 3.5, ("", 2): 4.5}
+    assert interval(over_tasks(values)).high - 3.5 == pytest.approx(t.ppf(0.975, 2) / math.sqrt(3), rel=1e-12)
+
+
+def test_a_share_is_not_above_one():
+    from intervals import interval
+
+    found = interval({("color", 0): 0.9, ("color", 1): 1.0}).within(0, 1)
+    assert found.high == 1 and found.low == pytest.approx(0.95 - t.ppf(0.975, 1) * 0.05, rel=1e-9)
 
 
 # --- what the KL is at least ----------------------------------------------------------------------------------------------------------------
@@ -93,13 +125,14 @@ def test_the_bound_is_below_the_kl_of_two_gaussians_and_shows_something(shift):
 
 
 def test_bernoulli_kl_at_the_confidence_limits():
-    from bound import _told_apart
+    from bound import _told_apart, ceiling
 
     first, second = torch.ones(100), torch.zeros(100)
     likely, unlikely = 0.025 ** (1 / 100), 1 - 0.025 ** (1 / 100)  # Clopper-Pearson of 100 and of 0 in 100
     expected = likely * math.log(likely / unlikely) + (1 - likely) * math.log((1 - likely) / (1 - unlikely))
     assert _told_apart(first, second, 0.5) == pytest.approx(expected, rel=1e-9)
     assert _told_apart(first, first, 0.5) == 0.0
+    assert ceiling(266) == pytest.approx(expected, rel=1e-9)  # of which the test takes 100
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------------------------------
@@ -119,7 +152,8 @@ def test_what_is_done_is_kept_and_not_done_again(tmp_path):
     results.add(run, {"square": 9, "nothing": math.nan}, {"commit": "abc"})
     again = Results(tmp_path)
     assert again.missing([run]) == [] and again[run]["square"] == 9 and math.isnan(again[run]["nothing"])
-    assert again.missing([Run("cube", run.settings), Run("square", {"number": 4})]) != []
+    others = [Run("cube", run.settings), Run("square", {"number": 4})]
+    assert again.missing([run, *others]) == others
     [line] = (tmp_path / "runs.jsonl").read_text().splitlines()
     assert json.loads(line)["about"] == {"commit": "abc"}
 
@@ -201,8 +235,8 @@ def test_the_best_setting_is_that_of_the_least_time_and_never_is_all_of_it(tmp_p
     assert len(found) == len(race.searched("ours, KL", quick=False)) == len(race.searched("ours, no KL", quick=False))
     for place, those in enumerate(found.values()):
         for seed, run in enumerate(those):
-            # the fifth: 60 on average. The second: 10 and never, which is 54.5. The others: 70
-            seconds = {1: (10.0, None), 4: (60.0, 60.0)}.get(place, (70.0, 70.0))[seed]
+            # the fifth: 60 on average. The second: 10, 10, 10 and never, which is 32.25. The others: 70
+            seconds = {1: (10.0, 10.0, 10.0, None), 4: 4 * (60.0,)}.get(place, 4 * (70.0,))[seed]
             results.add(run, arrived(seconds), {})
     assert race.best(results, "TRL", quick=False) == list(found)[1]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
-from intervals import Values
+from intervals import Values, difference, geometric, interval, ratio, verdict
 from runner import Result, Results, Run
 
 
@@ -43,7 +44,7 @@ RL = {
     "kl_gradient": "paper",
 }
 
-# As many images, drawn once, and one pass over them at half of their steps. Twenty times as many updates did no better (a reward-weighted run of one seed:
+# As many images, drawn beforehand, and one pass over them at half of their steps. Twenty times as many updates did no better (a reward-weighted run of one seed:
 # 0.61 exact), and learning rates of 5e-4, 1e-3 and 2e-3 were alike.
 SFT = {
     "num_epochs": 1,
@@ -73,22 +74,14 @@ IMAGES = 128  # of an evaluation
 QUICK_IMAGES = 4
 
 
-def rl(tasks: str | tuple[str, ...], seed: int, quick: bool = False, reward: str = "soft", **config: Any) -> Run:
-    return _run("rl", RL, tasks, seed, quick, reward, config)
-
-
-def sft(tasks: str | tuple[str, ...], seed: int, quick: bool = False, reward: str = "soft", **config: Any) -> Run:
-    return _run("sft", SFT, tasks, seed, quick, reward, config)
-
-
 def _run(
     kind: str,
     base: dict[str, Any],
     tasks: str | tuple[str, ...],
     seed: int,
     quick: bool,
-    reward: str,
-    config: dict[str, Any],
+    reward: str = "soft",
+    **config: Any,
 ) -> Run:
     changed = {**base, **config, **(QUICK if quick else {})}
     settings = {
@@ -101,6 +94,10 @@ def _run(
     return Run(kind, settings)
 
 
+rl = partial(_run, "rl", RL)
+sft = partial(_run, "sft", SFT)
+
+
 @dataclass(frozen=True)
 class Arm:
     """What is compared: a name, and the run of each task and seed."""
@@ -109,12 +106,18 @@ class Arm:
     run: Callable[[str, int], Run]
 
     def values(self, results: Results, tasks: Sequence[str], seeds: Iterable[int], measure: Measure) -> Values:
-        """(task, seed) -> number, of the runs that are done."""
-        runs = {(task, seed): self.run(task, seed) for task in tasks for seed in seeds}
-        return {key: measure(results[run], key[0]) for key, run in runs.items() if run in results}
+        """(task, seed) -> number."""
+        return {(task, seed): measure(results[self.run(task, seed)], task) for seed in seeds for task in tasks}
 
-    def done(self, results: Results, task: str, seeds: Iterable[int]) -> list[Run]:
-        return [run for run in (self.run(task, seed) for seed in seeds) if run in results]
+    def curves(
+        self, results: Results, task: str, seeds: Iterable[int], x: str, y: str
+    ) -> list[list[tuple[float, float]]]:
+        """Of each seed, (x, y) of every epoch that has them."""
+        runs = (results[self.run(task, seed)] for seed in seeds)
+        return [[(entry[x], entry[y]) for entry in result["curve"] if y in entry] for result in runs]
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
 
 
 def final(name: str) -> Measure:
@@ -122,15 +125,36 @@ def final(name: str) -> Measure:
     return lambda result, task: result["final"][task][name][1][0]
 
 
-def mean_while_training(name: str) -> Measure:
-    """The mean over the epochs of the run: how early it rises."""
-    return lambda result, task: fmean(entry[name] for entry in result["curve"])
+def pretrained(name: str) -> Measure:
+    """Of the model that it started from, on the same images."""
+    return lambda result, task: result["final"][task][name][0][0]
 
 
-def of_curve(result: Result, x: str, y: str) -> list[tuple[float, float]]:
-    return [(entry[x], entry[y]) for entry in result["curve"]]
+def mean_while_training(result: Result, task: str) -> float:
+    """The mean exact over the epochs of the run: how early it rises."""
+    return fmean(entry["exact"] for entry in result["curve"])
 
 
 def cpu_seconds(result: Result, task: str) -> float:
     """Of the training."""
     return result["curve"][-1]["cpu_s"]
+
+
+SHARES = ("exact", "soft", "fidelity")  # in [0, 1]
+DIGITS = {"exact": 2, "soft": 2, "fidelity": 3, "diversity": 3, "greenness": 3, "kl": 1}
+TITLES = {"kl": "KL, nats"}  # of a column, if not the name
+
+
+def title(name: str) -> str:
+    return TITLES.get(name, name)
+
+
+def shown(name: str, values: Values) -> str:
+    """A cell: the mean with its interval, of a KL the geometric one."""
+    found = geometric(values) if name == "kl" else interval(values)
+    return (found.within(0, 1) if name in SHARES else found).text(DIGITS[name])
+
+
+def compared(name: str, first: Values, second: Values) -> str:
+    """A cell: the difference of two arms, of a KL their ratio."""
+    return verdict(ratio(first, second)) if name == "kl" else verdict(difference(first, second), DIGITS[name])

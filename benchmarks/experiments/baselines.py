@@ -5,20 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from arms import TASKS, Arm, final, mean_while_training, of_curve, rl
-from intervals import difference, interval, table, verdict
+from arms import TASKS, Arm, Measure, compared, final, mean_while_training, rl, shown, title
+from intervals import Values, interval, over_tasks, table
 from matplotlib.figure import Figure
 from plots import curve, figure
 from runner import Result, Results, Run
 
 
 SEEDS = 3
+V = {
+    "train_adv_type": "value",
+    "value_learning_rate": 1e-3,
+    "value_batch_size": None,  # 256, or all there are
+    "value_num_updates": 20,
+    "value_gradient_accumulation_steps": 1,
+    "value_scale_targets": True,
+    "value_warmup_epochs": 0,
+}
 BASELINES = {
     "batch": {"train_adv_type": "batch"},
     "group": {"train_adv_type": "group"},
     "leave-one-out": {"train_adv_type": "leave_one_out"},
-    "V of latents": {"train_adv_type": "value", "value_input": "latents"},
-    "V of features": {"train_adv_type": "value", "value_input": "features"},
+    "V of latents": {**V, "value_input": "latents"},
+    "V of features": {**V, "value_input": "features"},
 }
 ALONE = ("batch", "V of latents", "V of features")  # of one prompt, the others are `batch` but for a factor of 63 / 64
 TASK = "count"
@@ -61,30 +70,26 @@ def tables(results: Results, quick: bool = False) -> dict[str, str]:
 
 def _compared(arms: Sequence[Arm], results: Results, tasks: Sequence[str], quick: bool) -> str:
     """Against the first arm."""
-    measures = {
-        "exact": (final("exact"), tasks),
-        "exact while training": (mean_while_training("exact"), tasks[:1]),  # one number of a run, whatever its prompts
-        "KL, nats": (final("kl"), tasks),
-    }
+
+    def values(arm: Arm, those: Sequence[str], measure: Measure) -> Values:
+        return over_tasks(arm.values(results, those, seeds(quick), measure))
+
     rows = []
     for arm in arms:
         cells = []
-        for name, (measure, those) in measures.items():
-            digits = 1 if name.startswith("KL") else 2
-            values = arm.values(results, those, seeds(quick), measure)
-            cells.append(interval(values).text(digits))
-            if arm is not arms[0] and not name.startswith("KL"):
-                cells.append(
-                    verdict(difference(values, arms[0].values(results, those, seeds(quick), measure)), digits)
-                )
-            elif not name.startswith("KL"):
-                cells.append("")
+        for those, measure in (
+            (tasks, final("exact")),
+            (tasks[:1], mean_while_training),
+        ):  # that one is of a whole run
+            found = values(arm, those, measure)
+            first = values(arms[0], those, measure)
+            cells += [shown("exact", found), "" if arm is arms[0] else compared("exact", found, first)]
         explained = (
-            interval(arm.values(results, tasks[:1], seeds(quick), explained_variance)) if "V" in arm.name else None
+            interval(values(arm, tasks[:1], explained_variance)).text() if "value_input" in BASELINES[arm.name] else ""
         )
-        rows.append([arm.name, *cells, "" if explained is None else explained.text()])
+        rows.append([arm.name, *cells, shown("kl", values(arm, tasks, final("kl"))), explained])
     first = arms[0].name
-    head = ["baseline", "exact", f"− {first}", "exact while training", f"− {first}", "KL, nats", "V explains"]
+    head = ["baseline", "exact", f"− {first}", "exact while training", f"− {first}", title("kl"), "V explains"]
     return table(head, rows)
 
 
@@ -96,13 +101,13 @@ def explained_variance(result: Result, task: str) -> float:
 
 def plot(results: Results, quick: bool = False) -> Figure:
     whole, axes = figure(2, width=3.4)
-    for axis, title, arms, task in (
+    for axis, words, arms, task in (
         (axes[0], "four prompts in one adapter", jointly(quick), TASKS[0]),
         (axes[1], TASK, alone(quick), TASK),
     ):
-        axis.set_title(title)
+        axis.set_title(words)
         for arm in arms:
-            found = [of_curve(results[run], "images", "exact") for run in arm.done(results, task, seeds(quick))]
+            found = arm.curves(results, task, seeds(quick), "images", "exact")
             curve(axis, found, list(BASELINES).index(arm.name), arm.name)
         axis.set(xlabel="images", ylabel="exact, of the round's samples")
         axis.legend(fontsize=7)

@@ -18,8 +18,8 @@ def kl_from_below(first: torch.Tensor, second: torch.Tensor, seed: int, epochs: 
     For any set A, KL(first || second) is at least the KL between
     Bernoulli(first(A)) and Bernoulli(second(A)) (data processing). A is where a classifier between the two scores above a threshold: the classifier is
     trained on half of the samples, stops and takes its threshold where an eighth of them says, and the two probabilities are bounded by what the
-    remaining three eighths show (Clopper-Pearson, 97.5 % each). It holds whatever was learned; a classifier that sees little makes it low, and n
-    samples cannot show much more than log(n) nats.
+    remaining three eighths show (Clopper-Pearson, 97.5 % each). It holds whatever was learned; a classifier that sees little makes it low, and even two
+    distributions without overlap show no more than [`ceiling`] of n samples.
 
     Args:
         first, second (`torch.Tensor` of shape `(n, D)`)
@@ -36,9 +36,9 @@ def kl_from_below(first: torch.Tensor, second: torch.Tensor, seed: int, epochs: 
         raise ValueError(
             f"two tensors of one shape (n, D) with n >= 16 are needed; given: {tuple(first.shape)} and {tuple(second.shape)}."
         )
-    both = torch.cat([first, second]).float()
-    first, second = ((part.float() - both.mean(0)) / both.std(0).clamp(min=1e-6) for part in (first, second))
     half, last = len(first) // 2, len(first) * 5 // 8
+    scale = torch.cat([first[:half], second[:half]]).float()
+    first, second = ((part.float() - scale.mean(0)) / scale.std(0).clamp(min=1e-6) for part in (first, second))
     network = _classifier(first[:half], second[:half], first[half:last], second[half:last], seed, epochs)
     with torch.no_grad():
         held, test = (
@@ -47,6 +47,12 @@ def kl_from_below(first: torch.Tensor, second: torch.Tensor, seed: int, epochs: 
         )
     threshold = max(torch.cat(held).unique().tolist(), key=lambda value: _told_apart(*held, value))
     return _told_apart(*test, threshold)
+
+
+def ceiling(count: int) -> float:
+    """The largest answer that [`kl_from_below`] can give with `count` samples of each, in nats."""
+    test = count - count * 5 // 8
+    return _told_apart(torch.ones(test), torch.zeros(test), 0.5)
 
 
 def _told_apart(first: torch.Tensor, second: torch.Tensor, threshold: float) -> float:

@@ -5,8 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from arms import TASKS, Arm, cpu_seconds, final, rl, sft
-from intervals import Values, difference, interval, table, verdict
+from arms import (
+    DIGITS,
+    TASKS,
+    Arm,
+    Measure,
+    compared,
+    cpu_seconds,
+    final,
+    pretrained,
+    rl,
+    sft,
+    shown,
+    title,
+)
+from intervals import Values, interval, table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from plots import FAINT, figure, legend_below, point
@@ -25,7 +38,7 @@ SUPERVISED = {
     "best half, KL-O, γ = 0.3": {"sft_loss": "filtered", "sft_kl": "kl_o", "sft_gamma": 0.3},
 }
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
-QUANTITIES = {"exact": 2, "fidelity": 3, "diversity": 3, "kl": 1}  # and the digits that are shown
+QUANTITIES = ("exact", "fidelity", "diversity", "kl")
 
 
 def tasks(quick: bool) -> Sequence[str]:
@@ -86,30 +99,29 @@ def tables(results: Results, quick: bool = False) -> dict[str, str]:
     }
 
 
-def _values(results: Results, quick: bool, arm: Arm, name: str) -> Values:
-    return arm.values(results, tasks(quick), seeds(quick), final(name))
+def _values(results: Results, quick: bool, arm: Arm, measure: Measure) -> Values:
+    return arm.values(results, tasks(quick), seeds(quick), measure)
 
 
 def _arms(results: Results, quick: bool) -> str:
-    bases = [results[base(task, quick)]["final"][task] for task in tasks(quick)]
-    means = {name: sum(one[name][0][0] for one in bases) / len(bases) for name in QUANTITIES}
-    rows = [["pretrained", *(f"{means[name]:.{digits}f}" for name, digits in QUANTITIES.items()), "0"]]
+    rows = []
     for arm in [*supervised(quick), *reinforced(quick)]:
-        cells = [
-            interval(_values(results, quick, arm, name)).text(digits if name == "kl" or digits == 2 else 3)
-            for name, digits in QUANTITIES.items()
-        ]
-        seconds = interval(arm.values(results, tasks(quick), seeds(quick), cpu_seconds))
-        rows.append([arm.name, *cells, seconds.plain(0)])
-    return table(["mean over the tasks", "exact", "fidelity", "diversity", "KL, nats", "CPU s"], rows)
+        cells = [shown(name, _values(results, quick, arm, final(name))) for name in QUANTITIES]
+        rows.append([arm.name, *cells, interval(_values(results, quick, arm, cpu_seconds)).plain(0)])
+    start = [_start(results, quick, tasks(quick), name) for name in QUANTITIES]
+    return table(["mean over the tasks", *map(title, QUANTITIES), "CPU s"], [["pretrained", *start, "0"], *rows])
+
+
+def _start(results: Results, quick: bool, those: Sequence[str], name: str) -> str:
+    """Of the pretrained model on the images of the evaluation, which are the same for all arms and seeds."""
+    found = reinforced(quick)[0].values(results, those, [0], pretrained(name))
+    return interval(found).plain(DIGITS[name])
 
 
 def _tasks(results: Results, quick: bool) -> str:
-    rows = [
-        ["pretrained", *(f"{results[base(task, quick)]['final'][task]['exact'][0][0]:.2f}" for task in tasks(quick))]
-    ]
+    rows = [["pretrained", *(_start(results, quick, [task], "exact") for task in tasks(quick))]]
     for arm in [*supervised(quick), *reinforced(quick)]:
-        cells = [interval(arm.values(results, [task], seeds(quick), final("exact"))).text() for task in tasks(quick)]
+        cells = [shown("exact", arm.values(results, [task], seeds(quick), final("exact"))) for task in tasks(quick)]
         rows.append([arm.name, *cells])
     return table(["exact", *tasks(quick)], rows)
 
@@ -117,15 +129,20 @@ def _tasks(results: Results, quick: bool) -> str:
 def _effects(results: Results, quick: bool) -> str:
     without, weak, strong = reinforced(quick)
     plain, best = supervised(quick)[0], supervised(quick)[-1]
-    pairs = [(weak, without), (strong, without), (weak, plain), (weak, best)]
-    rows = []
-    for first, second in pairs:
+    rows = [
+        [f"{weak.name} − pretrained", *(_gain(results, quick, weak, name) for name in QUANTITIES if name != "kl"), ""]
+    ]
+    for first, second in [(weak, without), (strong, without), (weak, plain), (weak, best)]:
         found = [
-            verdict(difference(_values(results, quick, first, name), _values(results, quick, second, name)), digits)
-            for name, digits in QUANTITIES.items()
+            compared(name, *(_values(results, quick, arm, final(name)) for arm in (first, second)))
+            for name in QUANTITIES
         ]
         rows.append([f"{first.name} − {second.name}", *found])
-    return table(["difference", "exact", "fidelity", "diversity", "KL, nats"], rows)
+    return table(["difference", *(name for name in QUANTITIES if name != "kl"), "KL, ratio"], rows)
+
+
+def _gain(results: Results, quick: bool, arm: Arm, name: str) -> str:
+    return compared(name, *(_values(results, quick, arm, measure(name)) for measure in (final, pretrained)))
 
 
 def _best_of(results: Results, quick: bool) -> str:
@@ -137,16 +154,14 @@ def _best_of(results: Results, quick: bool) -> str:
 
 
 def _hacking(results: Results, quick: bool) -> str:
-    names = {"greenness": 3, "exact": 2, "soft": 2, "fidelity": 3, "diversity": 3, "kl": 1}
-    start = results[base("color", quick)]["final"]["color"]
-    rows = [["pretrained", *(f"{start[name][0][0]:.{digits}f}" for name, digits in names.items())]]
+    names = ("greenness", "exact", "soft", "fidelity", "diversity", "kl")
+    start = hacked(quick)[0].values(results, ["color"], [0], pretrained("greenness"))
+    others = (_start(results, quick, ["color"], name) for name in names[1:])
+    rows = [["pretrained", interval(start).plain(DIGITS["greenness"]), *others]]
     for arm in hacked(quick):
-        cells = [
-            interval(arm.values(results, ["color"], seeds(quick), final(name))).text(digits)
-            for name, digits in names.items()
-        ]
+        cells = [shown(name, arm.values(results, ["color"], seeds(quick), final(name))) for name in names]
         rows.append([arm.name, *cells])
-    return table(["trained on greenness", *(n if n != "kl" else "KL, nats" for n in names)], rows)
+    return table(["trained on greenness", *map(title, names)], rows)
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------
@@ -163,8 +178,8 @@ def plot(results: Results, quick: bool = False) -> Figure:
         _against_kl(axis, results, quick, [*reinforced(quick), *supervised(quick)], task, "exact")
         axis.set(title=task, ylim=(0.25, 1.03))
     for axis, name in zip(axes[4:], ("exact", "greenness"), strict=True):
-        start = results[base("color", quick)]["final"]["color"][name][0][0]
-        axis.axhline(start, color=FAINT, linewidth=1, linestyle="--", label="pretrained")
+        start = hacked(quick)[0].values(results, ["color"], [0], pretrained(name))
+        axis.axhline(interval(start).mean, color=FAINT, linewidth=1, linestyle="--", label="pretrained")
         _against_kl(axis, results, quick, hacked(quick), "color", name)
         axis.set(title="color, trained on greenness")
     axes[5].legend(fontsize=7)

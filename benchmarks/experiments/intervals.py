@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, variance
 
 from scipy.stats import t
@@ -23,10 +23,16 @@ class Interval:
     low: float
     high: float
     runs: int
+    ratio: bool = False  # of two arms; else a mean, or a difference
 
     @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
+    def shows_an_effect(self) -> bool:
+        nothing = 1 if self.ratio else 0
+        return self.low > nothing or self.high < nothing
+
+    def within(self, low: float, high: float) -> Interval:
+        """Without what cannot be, as a share above 1."""
+        return replace(self, low=max(self.low, low), high=min(self.high, high))
 
     def plain(self, digits: int = 2) -> str:
         """The mean alone."""
@@ -35,8 +41,8 @@ class Interval:
     def text(self, digits: int = 2, signed: bool = False) -> str:
         if math.isnan(self.mean):
             return "–"
-        sign = "+" if signed else ""
-        mean = f"{self.mean:{sign}.{digits}f}"
+        sign = "+" if signed and not self.ratio else ""
+        mean = f"{'× ' if self.ratio else ''}{self.mean:{sign}.{digits}f}"
         if math.isnan(self.low):
             return mean
         if self.low == self.high:  # as happens where few runs are judged by few images; it is no certainty
@@ -47,7 +53,7 @@ class Interval:
 def interval(values: Values) -> Interval:
     """Of the mean over tasks of the mean over seeds. The tasks are those that they are, the seeds stand for all seeds.
 
-    Runs are independent, so the variance of the mean over K tasks is the sum of s_k² / n_k over K², with Satterthwaite's degrees of freedom
+    Runs of different tasks are independent (else see [`over_tasks`]), so the variance of the mean over K tasks is the sum of s_k² / n_k over K², with Satterthwaite's degrees of freedom
     (https://doi.org/10.2307/3002019); of one task this is Student's interval.
     """
     groups = _by_task(values)
@@ -66,9 +72,37 @@ def interval(values: Values) -> Interval:
     return Interval(mean, mean - half, mean + half, runs)
 
 
+def geometric(values: Values) -> Interval:
+    """As [`interval`], of what spreads by factors, as a KL does."""
+    return _of_logarithms({key: math.log(value) for key, value in values.items()})
+
+
 def difference(first: Values, second: Values) -> Interval:
-    """Of `first` minus `second`, run by run: of the same task and seed, of which both have one."""
-    return interval({key: first[key] - second[key] for key in first if key in second})
+    """Of `first` minus `second`, run by run: of the same task and seed."""
+    return interval({key: first[key] - second[key] for key in _same(first, second)})
+
+
+def ratio(first: Values, second: Values) -> Interval:
+    """Of `first` to `second`, run by run: the geometric mean."""
+    logarithms = {key: math.log(first[key] / second[key]) for key in _same(first, second)}
+    return replace(_of_logarithms(logarithms), ratio=True)
+
+
+def over_tasks(values: Values) -> Values:
+    """Seed by seed, the mean over the tasks: of arms in which one run does all tasks, whose numbers then hang together."""
+    seeds = {seed for _, seed in values}
+    return {("", seed): fmean(value for (_, other), value in values.items() if other == seed) for seed in seeds}
+
+
+def _of_logarithms(values: Values) -> Interval:
+    found = interval(values)
+    return replace(found, mean=math.exp(found.mean), low=math.exp(found.low), high=math.exp(found.high))
+
+
+def _same(first: Values, second: Values) -> Iterable[tuple[str, int]]:
+    if first.keys() != second.keys():
+        raise ValueError(f"runs of other tasks or seeds: {sorted(first)} and {sorted(second)}.")
+    return first.keys()
 
 
 def _by_task(values: Values) -> list[list[float]]:
@@ -85,7 +119,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def verdict(found: Interval, digits: int = 2) -> str:
-    """A difference, and in words where it may as well be none."""
+    """A difference or ratio, and in words where it may as well be none."""
     if math.isnan(found.low):
         return found.text(digits, signed=True)
-    return found.text(digits, signed=True) + ("" if found.excludes_zero else ", not established")
+    return found.text(digits, signed=True) + ("" if found.shows_an_effect else ", not established")

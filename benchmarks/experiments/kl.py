@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from arms import Arm, final, mean_while_training, rl
-from intervals import Values, difference, interval, table, verdict
+from arms import Arm, Measure, compared, final, mean_while_training, rl, shown
+from bound import ceiling
+from intervals import Values, interval, table
 from matplotlib.figure import Figure
 from plots import figure, point
 from runner import Result, Results, Run
@@ -66,15 +67,19 @@ def tables(results: Results, quick: bool = False) -> dict[str, str]:
     return {"terms": _terms(results, quick), "effects": _effects(results, quick), "bound": _bound(results, quick)}
 
 
-def _values(results: Results, quick: bool, arm: Arm, name: str) -> Values:
-    measure = mean_while_training("exact") if name == "exact while training" else final(name)
+def _values(results: Results, quick: bool, arm: Arm, measure: Measure) -> Values:
     return arm.values(results, tasks(quick), seeds(quick), measure)
 
 
 def _terms(results: Results, quick: bool) -> str:
-    digits = {"exact": 2, "exact while training": 2, "fidelity": 3, "kl": 1}
+    measures = (
+        ("exact", final("exact")),
+        ("exact", mean_while_training),
+        ("fidelity", final("fidelity")),
+        ("kl", final("kl")),
+    )
     rows = [
-        [arm.name, *(interval(_values(results, quick, arm, name)).text(n) for name, n in digits.items())]
+        [arm.name, *(shown(name, _values(results, quick, arm, measure)) for name, measure in measures)]
         for arm in terms(quick)
     ]
     return table(["KL term", "exact", "exact while training", "fidelity", "KL of a path, nats"], rows)
@@ -82,25 +87,25 @@ def _terms(results: Results, quick: bool) -> str:
 
 def _effects(results: Results, quick: bool) -> str:
     rows = []
-    for weight in (0.02, 0.1):
-        exact, paper = term("gaussian, exact", weight, quick), term("gaussian, paper", weight, quick)
+    for weight in TERMS["gaussian, exact"][1]:
+        both = [term(name, weight, quick) for name in ("gaussian, exact", "gaussian, paper")]
         found = [
-            verdict(difference(_values(results, quick, exact, name), _values(results, quick, paper, name)), digits)
-            for name, digits in (("exact", 2), ("kl", 1))
+            compared(name, *(_values(results, quick, arm, final(name)) for arm in both)) for name in ("exact", "kl")
         ]
         rows.append([f"weight {weight:g}", *found])
-    return table(["gradient: exact − paper", "exact", "KL of a path, nats"], rows)
+    return table(["gradient: exact against paper", "exact, difference", "KL of a path, ratio"], rows)
 
 
 def _bound(results: Results, quick: bool) -> str:
     rows = []
     for arm in bounds(quick):
-        found = [
-            interval(arm.values(results, ["color"], seeds(quick), measure))
+        exact, below, path = (
+            arm.values(results, ["color"], seeds(quick), measure)
             for measure in (final("exact"), kl_from_below, final("kl"))
-        ]
-        rows.append([arm.name, *(one.text(digits) for one, digits in zip(found, (2, 1, 1), strict=True))])
-    return table(["color", "exact", "KL of x_0, nats, at least", "KL of a path, nats"], rows)
+        )
+        rows.append([arm.name, shown("exact", exact), interval(below).text(1), shown("kl", path)])
+    most = ceiling(bounds(quick)[0].run("color", 0).settings["pairs"])
+    return table(["color", "exact", f"KL of x_0, nats, at least (at most {most:.1f})", "KL of a path, nats"], rows)
 
 
 def kl_from_below(result: Result, task: str) -> float:

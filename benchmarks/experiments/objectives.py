@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from arms import UNSET, Arm, cpu_seconds, final, mean_while_training, of_curve, rl
-from intervals import difference, interval, table, verdict
+from arms import UNSET, Arm, compared, cpu_seconds, final, mean_while_training, rl, shown, title
+from intervals import interval, table
 from matplotlib.figure import Figure
 from plots import curve, figure
 from runner import Results, Run
@@ -50,42 +50,35 @@ def _reuse(results: Results, quick: bool) -> str:
     """Each objective, against using every sample once."""
     rows = []
     for objective in OBJECTIVES:
-        once = arm(objective, (1, 1), quick)
         for reuse in REUSE:
-            one = arm(objective, reuse, quick)
-            exact, training, kl, seconds = (
-                one.values(results, [TASK], seeds(quick), measure)
-                for measure in (final("exact"), mean_while_training("exact"), final("kl"), cpu_seconds)
+            one, once = (arm(objective, those, quick) for those in (reuse, (1, 1)))
+            exact, training, before, kl, seconds = (
+                of.values(results, [TASK], seeds(quick), measure)
+                for of, measure in (
+                    (one, final("exact")),
+                    (one, mean_while_training),
+                    (once, mean_while_training),
+                    (one, final("kl")),
+                    (one, cpu_seconds),
+                )
             )
-            before = once.values(results, [TASK], seeds(quick), mean_while_training("exact"))
-            change = "" if reuse == (1, 1) else verdict(difference(training, before))
-            rows.append(
-                [
-                    one.name,
-                    interval(exact).text(),
-                    interval(training).text(),
-                    change,
-                    interval(kl).text(1),
-                    interval(seconds).plain(0),
-                ]
-            )
-    return table(["", "exact", "exact while training", "− once", "KL, nats", "CPU s"], rows)
+            change = "" if reuse == (1, 1) else compared("exact", training, before)
+            cells = [shown("exact", exact), shown("exact", training), change, shown("kl", kl)]
+            rows.append([one.name, *cells, interval(seconds).plain(0)])
+    return table(["", "exact", "exact while training", "− once", title("kl"), "CPU s"], rows)
 
 
 def _objectives(results: Results, quick: bool) -> str:
     """ppo and kl_mask against dpok, at equal reuse."""
     rows = []
     for reuse, words in REUSE.items():
-        first = arm("dpok", reuse, quick)
         cells = []
         for objective in ("ppo", "kl_mask"):
-            for measure, digits in ((mean_while_training("exact"), 2), (final("kl"), 1)):
-                values = [
-                    one.values(results, [TASK], seeds(quick), measure) for one in (arm(objective, reuse, quick), first)
-                ]
-                cells.append(verdict(difference(*values), digits))
+            for name, measure in (("exact", mean_while_training), ("kl", final("kl"))):
+                both = (arm(those, reuse, quick) for those in (objective, "dpok"))
+                cells.append(compared(name, *(one.values(results, [TASK], seeds(quick), measure) for one in both)))
         rows.append([words, *cells])
-    head = ["− dpok", "ppo: exact while training", "KL, nats", "kl_mask: exact while training", "KL, nats"]
+    head = ["against dpok", "ppo: exact while training", "KL, ratio", "kl_mask: exact while training", "KL, ratio"]
     return table(head, rows)
 
 
@@ -95,7 +88,7 @@ def plot(results: Results, quick: bool = False) -> Figure:
         axis.set_title(objective)
         for index, reuse in enumerate(REUSE):
             one = arm(objective, reuse, quick)
-            found = [of_curve(results[run], "images", "exact") for run in one.done(results, TASK, seeds(quick))]
+            found = one.curves(results, TASK, seeds(quick), "images", "exact")
             curve(axis, found, index, REUSE[reuse])
         axis.set(xlabel="images", ylabel="exact, of the round's samples", ylim=(0, 1))
         axis.legend(fontsize=7)

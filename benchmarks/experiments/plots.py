@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, geometric_mean
 
@@ -59,8 +59,6 @@ def save(plot: Callable[[], Figure], path: Path) -> None:
 
 def point(axes: Axes, x: Values, y: Values, index: int, label: str | None = None) -> None:
     """Runs, faint, and their mean with its interval upwards and downwards (on a logarithmic axis the mean of x is the geometric one)."""
-    if not x:
-        return
     style = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)], "linestyle": "none"}
     axes.plot([x[key] for key in x], [y[key] for key in x], markersize=2.5, alpha=0.35, markeredgewidth=0, **style)
     found = interval(y)
@@ -71,19 +69,13 @@ def point(axes: Axes, x: Values, y: Values, index: int, label: str | None = None
 
 def curve(
     axes: Axes,
-    runs: Iterable[Sequence[tuple[float, float]]],
+    runs: Sequence[Sequence[tuple[float, float]]],
     index: int,
     label: str | None = None,
-    dashed: bool = False,
 ) -> None:
     """Each run faint, and their mean; runs have the same x."""
-    runs = [list(run) for run in runs]
-    if not runs:
-        return
     color = COLORS[index % len(COLORS)]
-    style = "--" if dashed else "-"
     for run in runs:
-        axes.plot(*zip(*run, strict=True), color=color, linewidth=0.6, alpha=0.3, linestyle=style)
-    length = min(len(run) for run in runs)
-    mean = [(runs[0][at][0], fmean(run[at][1] for run in runs)) for at in range(length)]
-    axes.plot(*zip(*mean, strict=True), color=color, linewidth=1.8, label=label, linestyle=style)
+        axes.plot(*zip(*run, strict=True), color=color, linewidth=0.6, alpha=0.3)
+    mean = [(points[0][0], fmean(y for _, y in points)) for points in zip(*runs, strict=True)]
+    axes.plot(*zip(*mean, strict=True), color=color, linewidth=1.8, label=label)

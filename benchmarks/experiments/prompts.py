@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from arms import TASKS, Arm, final, of_curve, rl
-from intervals import difference, interval, table, verdict
+from statistics import fmean
+
+from arms import TASKS, Arm, compared, final, rl, shown, title
+from intervals import interval, over_tasks, table
 from matplotlib.figure import Figure
-from plots import curve, figure
+from plots import FAINT, curve, figure
 from runner import Results, Run
 
 
 SEEDS = 3
+COSINES = ("gradient/cosine_mean", "gradient/cosine_min")
 
 
 def seeds(quick: bool) -> range:
@@ -44,35 +47,26 @@ def tables(results: Results, quick: bool = False) -> dict[str, str]:
 
 def _budget(results: Results, quick: bool) -> str:
     rows = []
-    for name, digits in (("exact", 2), ("fidelity", 3), ("kl", 1)):
-        for those in [*([task] for task in TASKS), list(TASKS)]:
-            one, four = (
-                arm.values(results, those, seeds(quick), final(name)) for arm in (jointly(quick), apart(quick))
+    for name in ("exact", "fidelity", "kl"):
+        for those in [*([task] for task in TASKS), TASKS] if name == "exact" else [TASKS]:
+            one, each = (
+                over_tasks(arm.values(results, those, seeds(quick), final(name)))
+                for arm in (jointly(quick), apart(quick))
             )
-            title = those[0] if len(those) == 1 else "mean of the four"
-            if name == "exact" or len(those) > 1:
-                label = f"{'KL, nats' if name == 'kl' else name}, {title}"
-                cells = [
-                    interval(one).text(digits),
-                    interval(four).text(digits),
-                    verdict(difference(one, four), digits),
-                ]
-                rows.append([label, *cells])
-    return table(["", "one adapter", "an adapter for each", "difference"], rows)
+            label = f"{title(name)}, {those[0] if len(those) == 1 else 'mean of the four'}"
+            rows.append([label, shown(name, one), shown(name, each), compared(name, one, each)])
+    return table(["", "one adapter", "an adapter for each", "difference; of the KL ratio"], rows)
 
 
 def _cosines(results: Results, quick: bool) -> str:
     """Between the policy gradients of two prompts, early and late in the run."""
     rows = []
-    for name in ("gradient/cosine_mean", "gradient/cosine_min"):
-        found = [
-            [entry[name] for entry in results[run]["curve"] if name in entry]
-            for run in jointly(quick).done(results, TASKS[0], seeds(quick))
-        ]
+    for name in COSINES:
+        found = jointly(quick).curves(results, TASKS[0], seeds(quick), "images", name)
         cells = []
         for late in (False, True):
-            half = [values[len(values) // 2 :] if late else values[: len(values) // 2 or 1] for values in found]
-            means = {("", seed): sum(values) / len(values) for seed, values in enumerate(half)}
+            half = [run[len(run) // 2 :] if late else run[: len(run) // 2 or 1] for run in found]
+            means = {("", seed): fmean(cosine for _, cosine in run) for seed, run in enumerate(half)}
             cells.append(interval(means).text())
         rows.append([f"`{name}`", *cells])
     return table(["", "first half of the run", "second half"], rows)
@@ -80,29 +74,25 @@ def _cosines(results: Results, quick: bool) -> str:
 
 def plot(results: Results, quick: bool = False) -> Figure:
     whole, axes = figure(2, width=3.4)
-    joint = jointly(quick).done(results, TASKS[0], seeds(quick))
     axes[0].set_title("exact, of the round's samples")
-    curve(axes[0], [of_curve(results[run], "images", "exact") for run in joint], 0, "one adapter for all")
-    per_task = [
-        [of_curve(results[run], "images", "exact") for run in apart(quick).done(results, task, seeds(quick))]
-        for task in TASKS
-    ]
-    complete = min(len(runs) for runs in per_task)
+    joint = jointly(quick).curves(results, TASKS[0], seeds(quick), "images", "exact")
+    curve(axes[0], joint, 0, "one adapter for all")
+    per_task = [apart(quick).curves(results, task, seeds(quick), "images", "exact") for task in TASKS]
     means = [
         [
-            (sum(task[seed][at][0] for task in per_task), sum(task[seed][at][1] for task in per_task) / len(TASKS))
-            for at in range(len(per_task[0][seed]))
+            (sum(images for images, _ in of_tasks), fmean(exact for _, exact in of_tasks))
+            for of_tasks in zip(*of_seed, strict=True)
         ]
-        for seed in range(complete)
+        for of_seed in zip(*per_task, strict=True)
     ]
     curve(axes[0], means, 1, "one for each (mean, images of all)")
     axes[0].set(xlabel="images", ylabel="exact")
     axes[0].legend(fontsize=7)
     axes[1].set_title("cosine of the prompts' gradients")
-    for index, name in enumerate(("gradient/cosine_mean", "gradient/cosine_min")):
-        found = [[(entry["images"], entry[name]) for entry in results[run]["curve"] if name in entry] for run in joint]
+    for index, name in enumerate(COSINES):
+        found = jointly(quick).curves(results, TASKS[0], seeds(quick), "images", name)
         curve(axes[1], found, index, name.removeprefix("gradient/cosine_"))
-    axes[1].axhline(0, color="#62676e", linewidth=0.8)
+    axes[1].axhline(0, color=FAINT, linewidth=0.8)
     axes[1].set(xlabel="images", ylabel="cosine")
     axes[1].legend(fontsize=7)
     return whole

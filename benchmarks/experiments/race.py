@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
+from arms import RL
 from intervals import Interval, interval, table
 from matplotlib.figure import Figure
-from plots import curve, figure
+from plots import FAINT, curve, figure
 from runner import Result, Results, Run
 
 
-SEEDS = 5
-SEARCH_SEEDS = (100, 101, 102, 103)  # not those of the race; two of them took a setting that failed in it
+SEEDS = range(10, 15)
+SEARCH_SEEDS = range(100, 104)
 IMAGES = 2048  # after these a run has not arrived
 RATES = (3e-3, 6e-3, 1.2e-2)
 # images in a round -> what each side makes of them: TRL takes a step for each training batch with all of its timesteps, ours for some timesteps of all.
@@ -29,6 +30,8 @@ OUR_PLANS = {
     "64 in a round, 5 updates": {"sample_batch_size": 64, "train_batch_size": 64, "train_timesteps_per_update": 2},
     "32 in a round, 2 updates": {"sample_batch_size": 32, "train_batch_size": 32, "train_timesteps_per_update": 5},
 }
+# of each run itself: the number of epochs and what it writes
+OURS = {name: value for name, value in RL.items() if name not in ("num_epochs", "sample_grid_freq")}
 WITHOUT_KL = {"kl_weight": 0.0}
 WITH_KL = {"kl_weight": 0.02}
 WINDOW = {"sample_sde_window_size": 4}
@@ -48,6 +51,7 @@ class Setting:
             images = settings["sample_batch_size"]
         else:
             config = {
+                **OURS,
                 **OUR_PLANS[self.plan],
                 "train_learning_rate": self.rate,
                 "train_lr_scheduler": "constant",
@@ -96,7 +100,7 @@ def best(results: Results, name: str, quick: bool) -> Setting:
 def racing(results: Results, name: str, quick: bool) -> list[Run]:
     search, changes = RACERS[name]
     setting, config = best(results, search, quick), {**SEARCHES[search][1], **changes}
-    return [setting.run(seed, quick, **config) for seed in range(1 if quick else SEEDS)]
+    return [setting.run(seed, quick, **config) for seed in (SEEDS[:1] if quick else SEEDS)]
 
 
 def runs(quick: bool = False) -> list[Run]:
@@ -131,10 +135,9 @@ def _race(results: Results, quick: bool) -> str:
             for key in ("seconds_to_090", "images_to_090")
         )
         ratio = _ratio(found, [results[run] for run in racing(results, "TRL", quick)])
-        judged = {
-            key: interval({("", at): one["final"][key] for at, one in enumerate(found)})
-            for key in ("exact", "fidelity")
-        }
+        exact, fidelity = (
+            _of_all([one["final"][key] for one in found], digits) for key, digits in (("exact", 2), ("fidelity", 3))
+        )
         rows.append(
             [
                 name,
@@ -143,8 +146,8 @@ def _race(results: Results, quick: bool) -> str:
                 seconds,
                 images,
                 "" if name == "TRL" else ratio,
-                judged["exact"].text(),
-                judged["fidelity"].text(3),
+                exact,
+                fidelity,
             ]
         )
     head = [
@@ -160,10 +163,11 @@ def _race(results: Results, quick: bool) -> str:
     return table(head, rows)
 
 
-def _of_all(values: Sequence[float]) -> str:
+def _of_all(values: Sequence[float], digits: int = 0) -> str:
     """Median, least and largest."""
     middle, least, largest = (
-        f"{value:.0f}" if math.isfinite(value) else "never" for value in (median(values), min(values), max(values))
+        f"{value:.{digits}f}" if math.isfinite(value) else "never"
+        for value in (median(values), min(values), max(values))
     )
     return f"{middle} ({least} to {largest})"
 
@@ -180,7 +184,7 @@ def welch_ratio(found: Sequence[Result], of: Sequence[Result]) -> Interval:
     logs = {("found", at): math.log(r["seconds_to_090"]) for at, r in enumerate(found)}
     logs |= {("of", at): -math.log(r["seconds_to_090"]) for at, r in enumerate(of)}
     half = interval(logs)
-    return Interval(*(math.exp(2 * value) for value in (half.mean, half.low, half.high)), half.runs)
+    return Interval(*(math.exp(2 * value) for value in (half.mean, half.low, half.high)), half.runs, ratio=True)
 
 
 def _search(results: Results, quick: bool) -> str:
@@ -208,7 +212,7 @@ def plot(results: Results, quick: bool = False) -> Figure:
                 points = [(point[x], point["exact_mean"]) for point in one["curve"]]
                 curve(axis, [points], index, name if at == 0 else None)
     for axis, x in ((axes[0], "images"), (axes[1], "CPU seconds")):
-        axis.axhline(0.9, color="#62676e", linewidth=0.8, linestyle=":")
+        axis.axhline(0.9, color=FAINT, linewidth=0.8, linestyle=":")
         axis.set(xlabel=x, ylabel="exact, of the round's samples", ylim=(0, 1))
     axes[0].legend(fontsize=6)
     return whole

@@ -1,7 +1,7 @@
 """The experiments behind docs/experiments.md: does the runs that are missing, and makes tables and a figure of all.
 
     python benchmarks/experiments/run.py figure
-    python benchmarks/experiments/run.py figure --quick --folder somewhere
+    python benchmarks/experiments/run.py figure --quick --folder somewhere   # a tiny form of everything
 
 Runs are kept in FOLDER/runs.jsonl, and one that is there is not run again: what was interrupted goes on. Tables are printed, and the figure is written to
 FOLDER/NAME.svg; with --page, both go to docs/experiments.md as well.
@@ -31,8 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=EXPERIMENTS, nargs="+")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--seeds", type=int, help="the first so many seeds only")
-    parser.add_argument("--no-runs", action="store_true", help="tables and figure of what is there")
+    parser.add_argument("--no-runs", action="store_true", help="tables and figure of runs that are done")
     parser.add_argument("--page", action="store_true", help="write them into docs/ too")
     parser.add_argument("--quick", action="store_true", help="tiny runs of one seed, to see that all of it works")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "results", help="of the results")
@@ -49,8 +48,6 @@ def main() -> None:
         from kinds import KINDS  # which need everything
 
         runs = [run for experiment in experiments.values() for run in experiment.runs(arguments.quick)]
-        if arguments.seeds is not None:
-            runs = [run for run in runs if run.settings.get("seed", 0) < arguments.seeds]
         run_missing(runs, results, KINDS, arguments.jobs)
         if "race" in experiments:  # whose runs depend on those of its search
             run_missing(experiments["race"].runs_after(results, arguments.quick), results, KINDS, arguments.jobs)

@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
-if __name__ == "__main__":  # compile in this process, so that its CPU time is counted; torch reads it when it is imported
+if (
+    __name__ == "__main__"
+):  # compile in this process, so that its CPU time is counted; torch reads it when it is imported
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
