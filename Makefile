@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
-BENCH ?= floor epoch growth reentry memory
+BENCH ?= epoch growth denoiser rewards reentry memory
 
 # One thread per process: the suite runs in two processes, and tiny tensors gain nothing from more.
 TEST_ENV := OMP_NUM_THREADS=1

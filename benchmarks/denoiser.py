@@ -8,13 +8,12 @@ compiled, timed in turn with the eager one: three graphs for each batch size, wh
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 from collections.abc import Callable, Iterator
 
 import torch
-from floor import CLOCKS
+from flags import CLOCKS, make_parser
 from torch import nn
 
 from dpok_trl.demo import load_demo_pipeline
@@ -69,13 +68,9 @@ def rows(networks: dict[str, nn.Module], batch: int, repeats: int, now: Callable
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, repeats=7, of="passes", quick="one small batch, eager")
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--compile", action="store_true", help="the compiled network too")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    parser.add_argument("--repeats", type=int, default=7, help="passes of which the median is taken")
-    parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="cpu: time of this process alone")
-    parser.add_argument("--quick", action="store_true", help="one small batch, eager: does it run?")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.batch, arguments.compile, arguments.repeats = [2], False, 1

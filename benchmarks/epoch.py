@@ -1,25 +1,26 @@
-"""Where the time of an epoch goes, part by part, and the bare network calls that it contains.
+"""Where the time of an epoch goes, part by part, and how much the package adds to the bare network calls in its rollout, its update, and all of it.
 
-    python benchmarks/epoch.py [--threads 1] [--repeats 5] [--clock cpu] [--compile] [--quick]
+    python benchmarks/epoch.py [--threads 1] [--repeats 7] [--clock cpu] [--compile] [--no-kl] [--quick]
 
 Two pipelines: the embedded one with the preset `demo` (64 images, 10 steps, guidance 1), and a Stable Diffusion with a random UNet of (64, 128) channels
 (8 images, 10 steps, guidance 5). Whole epochs are measured, `DPOKTrainer.step`, and after each one the same network calls by themselves: as many forward and
-backward passes, on the arguments that the epoch gave. Time counts for the innermost part only, so the parts add up to the epoch. A table in Markdown is printed:
-medians over the epochs, after two that warm up.
+backward passes, on the arguments that the epoch gave. Time counts for the innermost part only, so the parts add up to the epoch; the last three rows of a pipeline are
+sums of parts. A table in Markdown is printed: medians over the epochs, after two that warm up, of the ratios of ours to the bare network too, with the smallest and the
+largest of them.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from floor import CLOCKS, larger_pipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from flags import CLOCKS, make_parser
 
 from dpok_trl import DPOKConfig, DPOKTrainer
 from dpok_trl.demo import load_demo_pipeline
@@ -27,9 +28,10 @@ from dpok_trl.demo.command import demo_lora_config
 
 
 HEADER = """\
-| pipeline | part | ms an epoch | share | calls | bare network, ms | ratio |
-|---|---|--:|--:|--:|--:|--:|"""
+| pipeline | part | ms an epoch | share | calls | bare network, ms | ratio | smallest to largest |
+|---|---|--:|--:|--:|--:|--:|--:|"""
 
+TEXT, DECODING, REWARD, OPTIMIZER = "text encoder", "decoding of images", "reward", "optimizer"
 ROLLOUT, REFERENCE, FORWARD, BACKWARD = (
     "denoiser in rollouts",
     "denoiser for the reference",
@@ -37,21 +39,33 @@ ROLLOUT, REFERENCE, FORWARD, BACKWARD = (
     "denoiser in replays, backward",
 )
 NETWORK = (ROLLOUT, REFERENCE, FORWARD, BACKWARD)
-# In the order of an epoch. What is not the network's is ours or the pipeline's.
-PARTS = (
-    "text encoder",
-    ROLLOUT,
+# What is not the network's is ours or the pipeline's.
+ROLLOUT_LOOP, REPLAY_LOOP, UPDATE, REST = (
     "rollout: pipeline's loop, noise, log-probabilities",
-    "VAE decoder",
-    "reward",
+    "replay: pipeline's loop, log-probabilities",
+    "update: transitions, loss, KL",
+    "rest: prompts, advantages, logs",
+)
+# In the order of an epoch.
+PARTS = (
+    TEXT,
+    ROLLOUT,
+    ROLLOUT_LOOP,
+    DECODING,
+    REWARD,
     REFERENCE,
     FORWARD,
-    "replay: pipeline's loop, log-probabilities",
+    REPLAY_LOOP,
     BACKWARD,
-    "optimizer",
-    "rest",
+    OPTIMIZER,
+    UPDATE,
+    REST,
 )
-_ROLLOUT_LOOP, _REPLAY_LOOP = PARTS[2], PARTS[7]
+SUMS = {
+    "**rollout, without decoding**": (TEXT, ROLLOUT, ROLLOUT_LOOP),
+    "**update**": (REFERENCE, FORWARD, REPLAY_LOOP, BACKWARD, OPTIMIZER, UPDATE),
+    "**epoch**": PARTS,
+}
 
 
 class Parts:
@@ -173,17 +187,21 @@ class _Watched:
 def watch(trainer: DPOKTrainer, parts: Parts) -> Denoiser:
     """Lets an epoch of `trainer` be counted in `parts`."""
     pipe = trainer.pipeline
-    parts.watch(pipe.text_encoder, "forward", "text encoder")
-    parts.watch(pipe.vae, "decode", "VAE decoder")
-    parts.watch(trainer.policy, "rollout", _ROLLOUT_LOOP)
-    parts.watch(trainer.policy, "forward", _REPLAY_LOOP)
+    parts.watch(pipe.text_encoder, "forward", TEXT)
+    parts.watch(pipe.vae, "decode", DECODING)
+    parts.watch(pipe.image_processor, "postprocess", DECODING)
+    parts.watch(trainer.policy, "rollout", ROLLOUT_LOOP)
+    parts.watch(trainer.policy, "forward", REPLAY_LOOP)
     parts.watch(trainer.accelerator, "backward", BACKWARD)
-    parts.watch(trainer.scoring, "begin", "reward")
-    parts.watch(trainer.scoring, "finish", "reward")
-    parts.watch(trainer.accelerator, "clip_grad_norm_", "optimizer")
+    parts.watch(trainer.scoring, "begin", REWARD)
+    parts.watch(trainer.scoring, "finish", REWARD)
+    parts.watch(trainer.accelerator, "clip_grad_norm_", OPTIMIZER)
     for method in ("step", "zero_grad"):
-        parts.watch(trainer.optimizer, method, "optimizer")
-    parts.watch(trainer, "step", "rest")
+        parts.watch(trainer.optimizer, method, OPTIMIZER)
+    parts.watch(trainer.scoring, "gather", REST)
+    for method in ("sample", "advantages", "_log"):
+        parts.watch(trainer, method, REST)
+    parts.watch(trainer, "step", UPDATE)  # what an epoch does and is not counted above: nothing of an update is missed
     return Denoiser(trainer, parts)
 
 
@@ -192,6 +210,17 @@ def demo_trainer(folder: str, **settings: Any) -> DPOKTrainer:
     config = DPOKConfig.preset("demo", **{"output_dir": folder, "save_freq": 0, "sample_grid_freq": 0, **settings})
     prompts = ["a green triangle"]
     return DPOKTrainer(config, "demo-soft", prompts, load_demo_pipeline(), peft_config=demo_lora_config())
+
+
+def larger_pipeline() -> StableDiffusionPipeline:
+    """The embedded pipeline with a random UNet of (64, 128) channels on 16x16 latents."""
+    pipe = load_demo_pipeline()
+    config = {**pipe.unet.config, "block_out_channels": (64, 128), "sample_size": 16, "norm_num_groups": 16}
+    unet = UNet2DConditionModel.from_config(config).eval()
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    return StableDiffusionPipeline(
+        **{**pipe.components, "unet": unet, "scheduler": scheduler}, requires_safety_checker=False
+    )
 
 
 def larger_trainer(folder: str, **settings: Any) -> DPOKTrainer:
@@ -217,12 +246,13 @@ def larger_trainer(folder: str, **settings: Any) -> DPOKTrainer:
 TRAINERS = {"demo": demo_trainer, "SD (64, 128)": larger_trainer}
 
 
-def rows(title: str, trainer: DPOKTrainer, repeats: int, now: Callable[[], float]) -> Iterator[str]:
-    """The rows of a pipeline."""
+def measure(
+    trainer: DPOKTrainer, repeats: int, now: Callable[[], float]
+) -> tuple[list[dict[str, float]], list[dict[str, float]], dict[str, int]]:
+    """Seconds of the parts of each epoch, seconds of the bare network calls after it, and how often an epoch does each part."""
     parts = Parts(now)
     denoiser = watch(trainer, parts)
-    epochs: list[dict[str, float]] = []
-    bare: list[dict[str, float]] = []
+    epochs, bare = [], []
     step = 0
     for epoch in range(2 + repeats):  # the first checks the ratio, and compiles
         denoiser.count.clear()
@@ -231,35 +261,37 @@ def rows(title: str, trainer: DPOKTrainer, repeats: int, now: Callable[[], float
         seconds, calls = parts.take()
         epochs.append(seconds)
         bare.append(denoiser.bare_epoch(now))
-    epochs, bare = epochs[2:], bare[2:]
+    return epochs[2:], bare[2:], calls
 
-    def row(part: str, ours: list[float], floor: list[float] | None, count: int | str) -> str:
+
+def against(ours: Sequence[float], bare: Sequence[float]) -> list[str]:
+    """The cells of a comparison: the bare network's median, the median of the ratios, and the smallest and the largest of them."""
+    ratios = [one / other for one, other in zip(ours, bare, strict=True)]
+    spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+    return [f"{1000 * statistics.median(bare):.1f}", f"{statistics.median(ratios):.3f}", spread]
+
+
+def table(
+    title: str,
+    epochs: Sequence[Mapping[str, float]],
+    bare: Sequence[Mapping[str, float]],
+    calls: Mapping[str, int],
+) -> Iterator[str]:
+    """The rows of a pipeline, of what [`measure`] gave."""
+    for name, parts in ({part: (part,) for part in PARTS} | SUMS).items():
+        ours = [sum(one.get(part, 0.0) for part in parts) for one in epochs]
         share = statistics.median(one / sum(epoch.values()) for one, epoch in zip(ours, epochs, strict=True))
-        cells = [title, part, f"{1000 * statistics.median(ours):.1f}", f"{100 * share:.1f} %", str(count)]
-        if floor is None:
-            return "| " + " | ".join([*cells, "", ""]) + " |"
-        ratio = statistics.median(one / other for one, other in zip(ours, floor, strict=True))
-        return "| " + " | ".join([*cells, f"{1000 * statistics.median(floor):.1f}", f"{ratio:.3f}"]) + " |"
-
-    for part in PARTS:
-        floor = [one[part] for one in bare] if part in NETWORK and calls.get(part) else None
-        yield row(part, [one.get(part, 0.0) for one in epochs], floor, calls.get(part, 0))
-    sampling = [sum(one.get(part, 0.0) for part in (ROLLOUT, _ROLLOUT_LOOP)) for one in epochs]
-    yield row("**rollout, without text and decoding**", sampling, [one[ROLLOUT] for one in bare], "")
-    updating = (REFERENCE, FORWARD, BACKWARD, _REPLAY_LOOP, "optimizer", "rest")
-    ours = [sum(one.get(part, 0.0) for part in updating) for one in epochs]
-    yield row("**update, with the rest**", ours, [sum(one[part] for part in updating[:3]) for one in bare], "")
-    yield row("**epoch**", [sum(one.values()) for one in epochs], [sum(one.values()) for one in bare], "")
+        count = "" if name in SUMS else str(calls.get(name, 0))
+        cells = [title, name, f"{1000 * statistics.median(ours):.1f}", f"{100 * share:.1f} %", count]
+        network = [part for part in parts if part in NETWORK and calls.get(part)]
+        cells += against(ours, [sum(one[part] for part in network) for one in bare]) if network else [""] * 3
+        yield "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    parser.add_argument("--repeats", type=int, default=5, help="epochs of which the median is taken")
-    parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="cpu: time of this process alone")
+    parser = make_parser(__doc__, repeats=7, of="epochs", quick="one epoch of two steps")
     parser.add_argument("--compile", action="store_true", help="with torch_compile (minutes to compile)")
     parser.add_argument("--no-kl", action="store_true", help="without the reference: kl_weight = 0")
-    parser.add_argument("--quick", action="store_true", help="one epoch of two steps: does it run?")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -270,9 +302,11 @@ def main() -> None:
         settings |= {"sample_num_steps": 2, "sample_batch_size": 4, "train_batch_size": 4}
         arguments.repeats = 1
     print(HEADER, flush=True)
-    for title, make in TRAINERS.items():
+    for name, make in TRAINERS.items():
         with tempfile.TemporaryDirectory() as folder:
-            for line in rows(title, make(folder, **settings), arguments.repeats, CLOCKS[arguments.clock]):
+            trainer = make(folder, **settings)
+            title = f"{name}, batch {trainer.config.sample_batch_size}"
+            for line in table(title, *measure(trainer, arguments.repeats, CLOCKS[arguments.clock])):
                 print(line, flush=True)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from floor import CLOCKS
+from flags import CLOCKS, make_parser
 
 from dpok_trl import DPOKConfig, DPOKTrainer
 from dpok_trl.demo import load_demo_pipeline
@@ -154,13 +154,9 @@ def draw(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch, of each process")
-    parser.add_argument("--repeats", type=int, default=3, help="epochs of which the median is taken")
-    parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="cpu: time of this process alone")
+    parser = make_parser(__doc__, repeats=3, of="epochs", quick="the smallest sizes, one epoch")
     parser.add_argument("--processes", type=int, nargs="*", default=[], help="numbers of processes, such as 1 2")
     parser.add_argument("--plot", type=Path, help="an SVG of points and lines")
-    parser.add_argument("--quick", action="store_true", help="the smallest sizes, one epoch: does it run?")
     parser.add_argument("--worker", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

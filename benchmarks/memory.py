@@ -1,6 +1,6 @@
 """Peak memory of training against the number of denoising steps, with and without gradient checkpointing.
 
-    python benchmarks/memory.py [--steps 10 25 50] [--batch 4] [--size 32] [--channels 128 256] [--repeats 3] [--device cpu]
+    python benchmarks/memory.py [--steps 10 25 50] [--batch 1] [--size 32] [--channels 128 256] [--threads 1] [--repeats 3] [--device cpu] [--quick]
 
 Each line is a process of its own: a rollout, then replay and backward pass of every stochastic step, one step at a time, on a Stable Diffusion
 with a random UNet. On a CPU the peak is that of the process (`ru_maxrss`), with Python and the libraries in it; on a GPU it is what torch
@@ -16,6 +16,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from flags import make_parser
 
 
 HEADER = """\
@@ -81,24 +83,23 @@ def in_a_process(arguments: argparse.Namespace, steps: int, checkpointing: bool)
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = make_parser(
+        __doc__, repeats=3, of="processes", quick="one short trajectory of a tiny network", clock=False
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 25, 50], help="lengths of the trajectory")
-    parser.add_argument("--batch", type=int, default=4, help="images")
+    parser.add_argument("--batch", type=int, default=1, help="images")
     parser.add_argument("--size", type=int, default=32, help="of the latents")
     parser.add_argument("--channels", type=int, nargs=2, default=[128, 256], help="of the UNet's two blocks")
-    parser.add_argument("--repeats", type=int, default=3, help="processes for each line")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="one short trajectory of a tiny network: does it run?")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # one line, in this process
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(arguments)))
         return
     if arguments.quick:
-        arguments.steps, arguments.repeats, arguments.batch = [2], 1, 1
+        arguments.steps, arguments.repeats = [2], 1
         arguments.size, arguments.channels = 8, [32, 32]
     print(HEADER, flush=True)
     for checkpointing in (False, True)[: 1 if arguments.quick else 2]:

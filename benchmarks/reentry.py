@@ -1,6 +1,6 @@
 """What it costs to enter a pipeline again: the replay of one step against the bare network calls of that step.
 
-    python benchmarks/reentry.py [--families sd flux ...] [--sd15] [--steps 50] [--repeats 15] [--threads 1] [--clock cpu]
+    python benchmarks/reentry.py [--families sd flux ...] [--sd15] [--steps 50] [--repeats 15] [--threads 1] [--clock cpu] [--quick]
 
 A replay walks the pipeline's whole loop and runs the network in the selected step only. Here it is the last stochastic one, so that all steps
 are walked. Timed in turn, at batch 1 and without gradients, are
@@ -18,10 +18,8 @@ latents. A table in Markdown is printed: medians, and of the loop's time the qua
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle
@@ -31,6 +29,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from flags import CLOCKS, make_parser
 
 
 REPOSITORY = Path(__file__).parent.parent
@@ -44,8 +43,6 @@ from dpok_trl.policy.hooks import PipelineHooks  # noqa: E402
 from dpok_trl.policy.policy import Policy  # noqa: E402
 from dpok_trl.policy.tuning import tune  # noqa: E402
 
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 HEADER = """\
 | pipeline | steps walked | network, ms | replay less network, ms | loop alone, ms | quartiles | loop / network |
@@ -158,23 +155,14 @@ def row(
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = make_parser(__doc__, repeats=15, of="measurements, 2 or more,", quick="one family, three measurements")
     parser.add_argument("--families", nargs="*", choices=list(FAMILIES), default=list(FAMILIES), metavar="FAMILY")
     parser.add_argument(
         "--sd15", action="store_true", help="a UNet of the size of Stable Diffusion 1.5 as well (5 GB)"
     )
     parser.add_argument("--steps", type=int, default=50, help="of the loop")
-    parser.add_argument("--repeats", type=int, default=15, help="measurements of which the median is taken, 2 or more")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    parser.add_argument(
-        "--clock",
-        choices=CLOCKS,
-        default="wall",
-        help="cpu: time of this process alone, for a machine that others use too",
-    )
-    parser.add_argument("--quick", action="store_true", help="one family, three measurements: does it run?")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     if arguments.quick:
         arguments.families, arguments.repeats = ["sd"], 3
     torch.set_num_threads(arguments.threads)

@@ -25,7 +25,7 @@ def rows(name, *arguments):
 
 
 def test_reentry():
-    [(name, steps, network, difference, loop, quartiles, share)] = rows("reentry", "--clock", "cpu")
+    [(name, steps, network, difference, loop, quartiles, share)] = rows("reentry")
     assert (name, steps) == ("sd (tiny)", "50")
     assert float(network) > 0 and float(difference) > 0 and float(loop) > 0
     assert re.fullmatch(r"[\d.]+ to [\d.]+", quartiles) and share.endswith(" %")
@@ -72,32 +72,68 @@ def quick_rows(benchmark, monkeypatch, capsys):
     return start
 
 
-def test_floor(quick_rows):
-    found = quick_rows("floor", "--clock", "cpu")
-    assert [(row[0], row[4]) for row in found] == [
-        (pipeline, part) for pipeline in ("SD with UNet (64, 128)", "demo pipeline") for part in ("rollout", "update")
-    ]
-    for row in found:
-        ours, bare, ratio = map(float, row[5:8])
-        assert ratio == pytest.approx(ours / bare, rel=0.01) and row[8] == f"{row[7]} to {row[7]}"
-
-
 def test_epoch(quick_rows):
     found = quick_rows("epoch")
     names = [row[1] for row in found[: len(found) // 2]]
-    assert [row[1] for row in found] == 2 * names
+    titles = ["demo, batch 4", "SD (64, 128), batch 4"]
+    assert [(row[0], row[1]) for row in found] == [(title, name) for title in titles for name in names]
     for pipeline in (found[: len(names)], found[len(names) :]):
         of = {row[1]: row[2:] for row in pipeline}
-        *parts, _, _, whole = names
-        assert sum(float(of[part][0]) for part in parts) == pytest.approx(
-            float(of[whole][0]), abs=0.05 * len(parts) + 0.05
-        )
-        assert sum(float(of[part][1].removesuffix(" %")) for part in parts) == pytest.approx(
-            100, abs=0.05 * len(parts)
-        )
+        *parts, rollout, update, whole = names
+        rounding = 0.05 * len(parts) + 0.05
+        assert sum(float(of[part][0]) for part in parts) == pytest.approx(float(of[whole][0]), abs=rounding)
+        assert sum(float(of[part][1].removesuffix(" %")) for part in parts) == pytest.approx(100, abs=rounding)
         # two steps, and one replay of the reference with both
         calls = {part: int(of[part][2]) for part in parts if part.startswith(("denoiser", "replay"))}
         assert list(calls.values()) == [2, 2, 2, 3, 2]
+        assert all(float(of[part][0]) > 0 for part in parts if part != "text encoder")  # all are watched
+        network = [part for part in parts if part.startswith("denoiser")]
+        assert [part for part in names if of[part][3]] == [*network, rollout, update, whole]
+        for name in (*network, rollout, update, whole):
+            ours, bare, ratio = (float(of[name][column]) for column in (0, 3, 4))
+            assert ratio == pytest.approx(ours / bare, rel=0.01)
+            assert of[name][5] == f"{of[name][4]} to {of[name][4]}"  # of one epoch
+        assert float(of[whole][3]) == pytest.approx(float(of[rollout][3]) + float(of[update][3]), abs=0.15)
+
+
+def test_the_ratio_is_the_median_of_ratios(benchmark):
+    # ratios 1, 4 and 2; that of the medians would be 4 / 3
+    assert benchmark("epoch").against([3.0, 4.0, 8.0], [3.0, 1.0, 4.0]) == ["3000.0", "2.000", "1.000 to 4.000"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "update", "whole"),
+    [
+        # 10 + 50 + 3 + 30 + 4 + 5 against 8 + 40 + 20, and 1425 against 25 + 68
+        (
+            ["10.0", "0.7 %", "1", "8.0", "1.250"],
+            ["102.0", "7.2 %", "", "68.0", "1.500"],
+            ["1425.0", "100.0 %", "", "93.0", "15.323"],
+        ),
+        # without the 10 and the 8
+        (None, ["92.0", "6.5 %", "", "60.0", "1.533"], ["1415.0", "100.0 %", "", "85.0", "16.647"]),
+    ],
+    ids=["with KL", "without KL"],
+)
+def test_rollout_and_update_against_the_bare_network(benchmark, reference, update, whole):
+    epoch = benchmark("epoch")
+    seconds = dict(
+        zip(epoch.PARTS, (0.001, 0.02, 0.002, 0.3, 0.4, 0.01, 0.05, 0.003, 0.03, 0.004, 0.005, 0.6), strict=True)
+    )
+    bare = {epoch.ROLLOUT: 0.025, epoch.REFERENCE: 0.008, epoch.FORWARD: 0.04, epoch.BACKWARD: 0.02}
+    if reference is None:
+        del seconds[epoch.REFERENCE]
+        bare[epoch.REFERENCE] = 0.0
+    lines = epoch.table("x", [seconds], [bare], dict.fromkeys(seconds, 1))
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[:2] for row in found[:-3]] == [["x", part] for part in epoch.PARTS]
+    of = {row[1]: row[2:] for row in found}
+    assert of[epoch.DECODING][0] == "300.0" and of[epoch.DECODING][2:] == ["1", "", "", ""]
+    assert of["**rollout, without decoding**"] == ["23.0", "1.6 %", "", "25.0", "0.920", "0.920 to 0.920"]
+    assert of["**update**"] == [*update, f"{update[-1]} to {update[-1]}"]
+    assert of["**epoch**"] == [*whole, f"{whole[-1]} to {whole[-1]}"]
+    none = ["0.0", "0.0 %", "0", "", "", ""]
+    assert of[epoch.REFERENCE] == ([*reference, f"{reference[-1]} to {reference[-1]}"] if reference else none)
 
 
 def test_time_counts_for_the_innermost_part(benchmark):
@@ -151,6 +187,20 @@ def test_the_shapes_are_those_of_the_known_networks(shape, parameters, benchmark
     with torch.device("meta"):
         unet = benchmark("gpu").SHAPES[shape].make_unet()
     assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
+
+
+def test_common_flags(benchmark):
+    make = benchmark("flags").make_parser
+    defaults = make("what", repeats=7, of="epochs", quick="one").parse_args([])
+    assert vars(defaults) == {"threads": 1, "repeats": 7, "clock": "cpu", "quick": False}
+    assert "clock" not in make("what", repeats=7, of="epochs", quick="one", clock=False).parse_args([])
+
+
+def test_make_bench_runs_all_but_the_one_for_gpus():
+    makefile = (BENCHMARKS.parent / "Makefile").read_text()
+    chosen = re.search(r"^BENCH \?= (.+)$", makefile, re.M)[1].split()
+    programs = {path.stem for path in BENCHMARKS.glob("*.py") if "def main(" in path.read_text()}
+    assert len(chosen) == len(set(chosen)) and set(chosen) == programs - {"gpu"}
 
 
 def test_denoiser(quick_rows):
