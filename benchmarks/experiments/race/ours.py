@@ -7,22 +7,19 @@ The last line of stdout is the result, as JSON. Settings are the fields of [`Set
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
-if (
-    __name__ == "__main__"
-):  # compile in this process, so that its CPU time is counted; torch reads it when it is imported
+if __name__ == "__main__":
+    # compile in this process, so that its CPU time is counted; torch reads it when it is imported
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
 from evaluation import evaluate
-from result import Race, finish, peak_rss_mb, versions
+from result import CommonSettings, Race, main, peak_rss_mb
 
 from dpok_trl import DPOKConfig, DPOKTrainer
 from dpok_trl.demo import load_demo_pipeline
@@ -30,14 +27,8 @@ from dpok_trl.demo.command import demo_lora_config
 from dpok_trl.demo.world import soft_reward
 
 
-@dataclass
-class Settings:
-    seed: int = 0
-    epochs: int = 20
-    stop_at: float | None = None  # share of exact pictures among the last 128
-    threads: int = 1
-    prompt: str = "a green triangle"
-    eval_images: int = 256
+@dataclass(kw_only=True)
+class Settings(CommonSettings):
     compile_cache: str | None = None  # folder of compiled kernels, for torch_compile; None: an empty one
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -74,19 +65,8 @@ def run(settings: Settings) -> dict[str, Any]:
         final = evaluate(pipe, settings.prompt, images=settings.eval_images, num_steps=config.sample_num_steps)
     left_out = ("output_dir", "accelerator_kwargs")  # of this machine
     resolved = {name: value for name, value in config.to_dict().items() if name not in left_out}
-    return {
-        "side": "ours",
-        "settings": {**asdict(settings), "config": resolved},
-        "versions": versions("dpok-trl"),
-        "curve": race.curve,
-        **finish(race.curve),
-        "final": final,
-        "trainable_parameters": sum(parameter.numel() for parameter in trainer.trainable_layers),
-        "peak_rss_mb": memory,
-    }
+    return race.result("dpok-trl", replace(settings, config=resolved), trainer.trainable_layers, memory, final)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: ours.py '<settings as JSON>'")
-    print(json.dumps(run(Settings(**json.loads(sys.argv[1])))))
+    main(run, Settings)

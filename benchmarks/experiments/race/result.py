@@ -1,20 +1,41 @@
-"""What a run of the race is measured by, the same for both sides: CPU time, and the pictures that it took to be right.
+"""What a run of the race is told, measured by and leaves, the same for both sides: CPU time, and the pictures that it took to be right.
 
 Needs the standard library alone, and runs in both environments.
 """
 
 from __future__ import annotations
 
+import json
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 
 LEVEL = 0.9  # share of exact pictures at the finish
 WINDOW = 128  # last pictures over which it is taken; the standard error of a share of 0.9 is 0.027
+
+
+@dataclass(kw_only=True)
+class CommonSettings:
+    seed: int = 0
+    epochs: int = 20
+    stop_at: float | None = None  # share of exact pictures among the last 128
+    threads: int = 1
+    prompt: str = "a green triangle"
+    eval_images: int = 256
+
+
+def main(run: Callable[[Any], dict[str, Any]], settings: type[CommonSettings]) -> None:
+    """Of a side's script: settings as JSON in, the result as JSON out."""
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {Path(sys.argv[0]).name} '<settings as JSON>'")
+    print(json.dumps(run(settings(**json.loads(sys.argv[1])))))
 
 
 def cpu_seconds() -> float:
@@ -68,10 +89,6 @@ def seconds_per_image(curve: Sequence[dict[str, Any]], skip: int) -> dict[str, f
         "total": total / images,
         "start_up": first - skip * total,
     }
-
-
-def versions(*names: str) -> dict[str, str]:
-    return {name: version(name) for name in (*names, "torch", "diffusers", "transformers", "peft", "accelerate")}
 
 
 class Race:
@@ -132,3 +149,30 @@ class Race:
             }
         )
         self._spent += sample + update
+
+    def result(
+        self,
+        package: str,
+        settings: CommonSettings,
+        trainable: Sequence[Any],
+        memory: float,
+        final: dict[str, float] | None,
+    ) -> dict[str, Any]:
+        """Of a whole run.
+
+        Args:
+            package (`str`): That of the trainer, as pip knows it.
+            trainable (`Sequence[torch.nn.Parameter]`)
+            memory (`float`): Its peak when the training was done, in MiB.
+            final (`dict`, *optional*): Of `evaluate`.
+        """
+        packages = (package, "torch", "diffusers", "transformers", "peft", "accelerate")
+        return {
+            "settings": asdict(settings),
+            "versions": {name: version(name) for name in packages},
+            "curve": self.curve,
+            **finish(self.curve),
+            "final": final,
+            "trainable_parameters": sum(parameter.numel() for parameter in trainable),
+            "peak_rss_mb": memory,
+        }

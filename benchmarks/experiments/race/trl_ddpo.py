@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +35,16 @@ SRC = Path(__file__).resolve().parents[3] / "src"
 sys.path.insert(0, str(SRC))  # dpok_trl is not installed here; its world needs torch, numpy and PIL alone
 
 from evaluation import evaluate  # noqa: E402
-from result import Race, finish, peak_rss_mb, versions  # noqa: E402
+from result import CommonSettings, Race, main, peak_rss_mb  # noqa: E402
 
 from dpok_trl.demo import demo_pipeline_path  # noqa: E402
 from dpok_trl.demo.world import soft_reward  # noqa: E402
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(CommonSettings):
     """Names without their prefix are DDPOConfig's. `clip_range` is 0.2 nats: TRL's log-probability is a mean over the 256 dimensions of a latent."""
 
-    seed: int = 0
-    epochs: int = 20
-    stop_at: float | None = None  # share of exact pictures among the last 128
-    threads: int = 1
-    prompt: str = "a green triangle"
     num_steps: int = 10
     sample_batch_size: int = 64
     num_batches: int = 1  # sampling batches of an epoch
@@ -64,7 +59,6 @@ class Settings:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     clip_range: float = 0.2 / 256
-    eval_images: int = 256
 
 
 class Unguided(StableDiffusionPipeline):
@@ -171,19 +165,9 @@ def run(settings: Settings) -> dict[str, Any]:
     stock = pipeline.sd_pipeline
     stock.set_progress_bar_config(disable=True)
     final = evaluate(stock, settings.prompt, images=settings.eval_images, num_steps=settings.num_steps)
-    return {
-        "side": "trl",
-        "settings": asdict(settings),
-        "versions": versions("trl"),
-        "curve": race.curve,
-        **finish(race.curve),
-        "final": final,
-        "trainable_parameters": sum(p.numel() for p in stock.unet.parameters() if p.requires_grad),
-        "peak_rss_mb": memory,
-    }
+    trainable = [parameter for parameter in stock.unet.parameters() if parameter.requires_grad]
+    return race.result("trl", settings, trainable, memory, final)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: trl_ddpo.py '<settings as JSON>'")
-    print(json.dumps(run(Settings(**json.loads(sys.argv[1])))))
+    main(run, Settings)
