@@ -4,10 +4,11 @@ import re
 
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook, dispatch_model
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from painter import painter
-from walks import PROMPTS, SEEDS, call_arguments, image, log_probs, pipeline, policy_of
+from walks import PROMPTS, SEEDS, call_arguments, image, log_probs, pipeline, policy_of, trained
 
 from dpok_trl import check_pipeline
 from dpok_trl.policy.errors import ReplayError, UnsupportedPipelineError
@@ -104,6 +105,91 @@ def test_a_key_value_cache_beside_the_prediction():
         r"`transformer` returns a \w+ beside its prediction: a state .*use the family's pipeline without the cache",
         report.reason,
     )
+
+
+# ---------------------------------------------------------------- offloading
+
+
+REMEDY = (
+    r"and a network that is trained has to stay there. Call `pipe.remove_all_hooks\(\)` and then `pipe.to\(device\)`. What saves memory instead: "
+    r"sample_offload_encoders, sample_vae_slicing, train_gradient_checkpointing, and the pipeline in bf16."
+)
+OFFLOADED = {
+    "model": (
+        lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+        r"StableDiffusionPipeline moves each network off the device after its use \(`enable_model_cpu_offload`\), "
+        + REMEDY,
+    ),
+    "sequential": (
+        lambda pipe: pipe.enable_sequential_cpu_offload(device="cpu"),
+        r"StableDiffusionPipeline moves each layer off the device after its use \(`enable_sequential_cpu_offload`, or a `device_map` with layers on "
+        r"the CPU or the disk\), " + REMEDY,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OFFLOADED)
+def test_offloading_is_refused_and_without_it_the_pipeline_is_as_before(kind):
+    offload, message = OFFLOADED[kind]
+    untouched = Policy(
+        pipeline("StableDiffusionPipeline"), call_kwargs=call_arguments(pipeline("StableDiffusionPipeline"))
+    )
+    pipe = pipeline("StableDiffusionPipeline")
+    offload(pipe)
+    with pytest.raises(UnsupportedPipelineError, match=message):
+        Policy(pipe, call_kwargs=call_arguments(pipe))
+    report = check_pipeline(pipe, **call_arguments(pipe))  # adds an adapter first, and takes it out
+    assert not report.ok and re.fullmatch(message, report.reason)
+
+    pipe.remove_all_hooks()
+    drawn, expected = (
+        policy.rollout(PROMPTS, SEEDS) for policy in (Policy(pipe, call_kwargs=call_arguments(pipe)), untouched)
+    )
+    assert torch.equal(drawn.images, expected.images) and torch.equal(drawn.log_probs, expected.log_probs)
+    assert check_pipeline(pipe, **call_arguments(pipe)).ok
+
+
+def test_offloading_that_is_switched_on_later_is_refused_at_the_rollout():
+    policy = policy_of(pipeline("StableDiffusionPipeline"))
+    policy.pipe.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(UnsupportedPipelineError, match=OFFLOADED["model"][1]):
+        policy.rollout(PROMPTS, SEEDS)
+
+
+def test_a_pipeline_of_the_components_of_an_offloaded_one():
+    """It has no `_all_hooks`, but each network has its hook."""
+    offloaded = pipeline("StableDiffusionPipeline")
+    offloaded.enable_model_cpu_offload(device="cpu")
+    pipe = StableDiffusionPipeline(**offloaded.components)
+    assert not hasattr(pipe, "_all_hooks")
+    with pytest.raises(UnsupportedPipelineError, match=OFFLOADED["model"][1]):
+        Policy(pipe)
+
+
+LET_BE = {
+    "groups of layers": lambda pipe: pipe.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_type="leaf_level"
+    ),
+    "groups of blocks": lambda pipe: pipe.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+    ),
+    "a device map": lambda pipe: dispatch_model(pipe.unet, {"": "cpu"}, force_hooks=True),
+    "an encoder that does not train": lambda pipe: cpu_offload_with_hook(pipe.text_encoder, "cpu"),
+}
+
+
+@pytest.mark.parametrize("how", LET_BE)
+def test_hooks_that_leave_the_trained_network_on_the_device_are_let_be(how):
+    plain = policy_of(pipeline("StableDiffusionPipeline")).rollout(PROMPTS, SEEDS)
+    pipe = pipeline("StableDiffusionPipeline")
+    LET_BE[how](pipe)
+    policy = policy_of(pipe)
+    drawn = policy.rollout(PROMPTS, SEEDS)
+    assert torch.equal(drawn.images, plain.images) and torch.equal(drawn.log_probs, plain.log_probs)
+    replayed = log_probs(policy(drawn, verify=True))
+    assert torch.equal(replayed, plain.log_probs)
+    replayed.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained(policy).values())
 
 
 # ---------------------------------------------------------------- the gradient

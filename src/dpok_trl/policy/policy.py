@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import nn
@@ -77,7 +78,7 @@ class Policy(nn.Module):
         hooks ([`PipelineHooks`], *optional*): For a pipeline that departs from what all others do.
 
     Raises:
-        [`UnsupportedPipelineError`]: No denoiser, or a combined pipeline; at a rollout, a cache hook.
+        [`UnsupportedPipelineError`]: No denoiser, a combined pipeline, or one with CPU offloading; at a rollout, a cache hook.
         [`UnsupportedSchedulerError`]: For a scheduler whose steps are no Gaussian Markov transitions.
     """
 
@@ -100,6 +101,7 @@ class Policy(nn.Module):
         self.hooks = PipelineHooks() if hooks is None else hooks
         self.tuned = Tuned(self.hooks.denoisers(pipe)) if tuned is None else tuned
         self.networks = nn.ModuleDict(self.tuned.modules)
+        refuse_offloading(pipe, self.networks.values())
         self.call_kwargs = dict(call_kwargs or {})
         refuse_unknown_arguments(pipe, self.call_kwargs)
         self.kind, self.eta, self.noise_level, self.min_std = kind, eta, noise_level, min_std
@@ -340,6 +342,7 @@ class Policy(nn.Module):
             device = self.pipe._execution_device
             parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
             modules = {name: list(part.modules()) for name, part in {**parts, **tuned.denoisers}.items()}
+            refuse_offloading(self.pipe, self.networks.values())
             refuse_caches({name: modules[name] for name in tuned.denoisers})
         else:
             dtypes, device, modules = recording.dtypes, recording.device, recording.modules
@@ -461,3 +464,21 @@ def refuse_caches(modules: Mapping[str, Sequence[nn.Module]]) -> None:
                 "step; a step of such a policy depends on more than its latents and cannot be replayed alone. Take the hook out first "
                 "(`disable_cache()`)."
             )
+
+
+def refuse_offloading(pipe: DiffusionPipeline, networks: Iterable[nn.Module]) -> None:
+    """Raises [`UnsupportedPipelineError`] where accelerate moves `networks`, which are trained, off the device between their calls. Its hooks without offloading (a
+    `device_map` over devices, a quantised base) and diffusers' group offloading, which moves layers within a call, are let be."""
+    of_modules = [part._hf_hook for network in networks for part in network.modules() if hasattr(part, "_hf_hook")]
+    hooks = [one for hook in of_modules for one in (hook.hooks if isinstance(hook, SequentialHook) else [hook])]
+    # What `_all_hooks` lists is put on anew at the end of each call of the pipeline, on whatever stands in the place of its networks then.
+    if getattr(pipe, "_all_hooks", []) or any(isinstance(hook, CpuOffload) for hook in hooks):
+        found = "moves each network off the device after its use (`enable_model_cpu_offload`)"
+    elif any(isinstance(hook, AlignDevicesHook) and hook.offload for hook in hooks):
+        found = "moves each layer off the device after its use (`enable_sequential_cpu_offload`, or a `device_map` with layers on the CPU or the disk)"
+    else:
+        return
+    raise UnsupportedPipelineError(
+        f"{type(pipe).__name__} {found}, and a network that is trained has to stay there. Call `pipe.remove_all_hooks()` and then `pipe.to(device)`. What saves "
+        "memory instead: sample_offload_encoders, sample_vae_slicing, train_gradient_checkpointing, and the pipeline in bf16."
+    )
