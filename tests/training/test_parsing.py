@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from dpok_trl import DPOKConfig, DPOKParser, DPOKSFTConfig, ScriptArguments
+from dpok_trl.training.parsing import _EachKeyOnce
 from dpok_trl.training.presets import PRESETS
 
 
@@ -120,6 +121,46 @@ def test_what_is_wrong_with_a_file_is_told(file, content, words):
     with pytest.raises(ValueError) as error:
         parse("--config", file(content))
     assert words in str(error.value)
+
+
+MERGES = {
+    "a key beside the merge wins": "a: &a {height: 16, width: 16}\nb: {<<: *a, width: 32}",
+    "whichever stands first": "a: &a {height: 16, width: 16}\nb: {width: 32, <<: *a}",
+    "of several the first": "a: &a {x: 1, y: 1}\nb: &b {y: 2, z: 2}\nc: {<<: [*a, *b], z: 3}",
+    "in two lines": "a: &a {x: 1, y: 1}\nb: &b {y: 2, z: 2}\nc:\n  <<: *a\n  <<: *b\n  z: 3",
+    "of a merged one": "a: &a {x: 1, y: 1}\nb: &b {<<: *a, y: 2}\nc: {<<: *b, x: 3}",
+    "of one whose own turn comes later": "a: {n: {m: &a {<<: {x: 1, y: 1}, x: 2}}}\nb: {<<: *a, y: 3}",
+    "at the top": "<<: {x: 1, y: 1}\ny: 2",
+    "a key that is an equals sign": "{=: 1, x: 2}",
+}
+
+
+@pytest.mark.parametrize("which", MERGES)
+def test_merge_keys_are_read_as_yaml_reads_them(which):
+    assert yaml.load(MERGES[which], _EachKeyOnce) == yaml.safe_load(MERGES[which])
+
+
+def test_merge_keys_in_a_file_of_settings(file):
+    path = file(
+        "<<: {model: demo, num_epochs: 3, seed: 7}\nnum_epochs: 4\nsample_call_kwargs: {<<: {height: 16, width: 16}, width: 32}"
+    )
+    script, config = parse("--config", path)
+    assert (script.model, config.num_epochs, config.seed) == ("demo", 4, 7)
+    assert config.sample_call_kwargs == {"height": 16, "width": 32}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a: &a {width: 16, width: 16}\nb: {<<: *a}",
+        "a: &a {height: 16}\nb: {<<: *a, width: 16, width: 32}",
+        "a: {n: {m: &a {width: 1, width: 2}}}\nb: {<<: *a, width: 3}",
+        "<<: {height: 16}\nwidth: 1\nwidth: 2",
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_beside_a_merge_too(content):
+    with pytest.raises(yaml.YAMLError, match="width stands in it 2 times"):
+        yaml.load(content, _EachKeyOnce)
 
 
 def test_no_file():

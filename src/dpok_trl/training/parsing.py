@@ -25,21 +25,31 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 USER_ERROR = 2  # exit code, argparse's own
+MERGE_TAG = "tag:yaml.org,2002:merge"  # of the key `<<`
 # what a type is called in an error
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text (in quotes)", dict: "a mapping"}
 
 
 class _EachKeyOnce(yaml.SafeLoader):
-    """Of two lines with one name YAML takes the last, in silence."""
+    """Of two lines with one name YAML takes the last, in silence. A key that a merge (`<<: *defaults`) brings, and that stands beside it too, is no such pair."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+    def __init__(self, stream: Any):
+        super().__init__(stream)
+        self._flattened: set[yaml.MappingNode] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        # One that was merged into another before its own turn comes twice, and the second time what it was given stands among its keys.
+        if node in self._flattened:
+            return
+        self._flattened.add(node)
+        own = [key for key, _ in node.value if key.tag != MERGE_TAG]
+        super().flatten_mapping(node)
+        names = [self.construct_object(key, deep=True) for key in own]
         for name in names:
             if names.count(name) > 1:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{name} stands in it {names.count(name)} times", node.start_mark
                 )
-        return super().construct_mapping(node, deep)
 
 
 class DPOKParser(TrlParser):
