@@ -12,6 +12,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpok_trl.policy.shipped import DEMO
+
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
 HELP = "roll a pipeline out, replay each step of it, and say whether it can be tuned"
 
-DEMO = "demo"
 PROMPTS = ["a photo of a cat", "a red circle"]
 STEPS = 10
 NOT_USABLE = 1  # exit code

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpok_trl.policy.shipped import DEMO
+
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
 HELP = "compare a tuned model with the one it was made from: same prompts, same seeds"
 
-DEMO = "demo"
 SETS = {"prompts": "training", "held_out": "held-out", "paraphrased": "paraphrased"}  # option -> name of the set
 PROMPTS = "prompts, files of them (txt, csv, json ...), names of lists, or ids of datasets"
 

@@ -8,6 +8,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpok_trl.policy.shipped import DEMO
+
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
 
 
 HELP = "draw with a tuned model and with its base: same prompts, same seeds, one picture of all"
-
-DEMO = "demo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

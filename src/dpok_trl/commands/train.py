@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpok_trl.policy.shipped import DEMO
+
 
 if TYPE_CHECKING:
     from dpok_trl.cli import CommandParser
@@ -66,7 +68,6 @@ def make_parser() -> DPOKParser:
 def train(script: ScriptArguments, config: DPOKConfig) -> int:
     """One process of the run."""
     from dpok_trl.demo.command import demo_lora_config, only_errors
-    from dpok_trl.training.parsing import DEMO
 
     if "" not in sys.path:
         sys.path.insert(0, "")  # the module of a reward may lie in the current folder

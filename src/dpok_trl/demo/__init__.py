@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dpok_trl.policy.shipped import SHIPPED_PIPELINE
 
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 def demo_pipeline_path() -> Path:
     """Folder of the shipped pipeline, for `StableDiffusionPipeline.from_pretrained` or `sd_pipeline=`."""
-    return Path(str(files(__package__) / "assets" / "pipeline"))
+    return SHIPPED_PIPELINE
 
 
 def load_demo_pipeline() -> StableDiffusionPipeline:
@@ -30,7 +31,7 @@ def load_demo_pipeline() -> StableDiffusionPipeline:
     for log in silenced:
         log.disable_progress_bar()
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(demo_pipeline_path(), local_files_only=True)
+        pipeline = StableDiffusionPipeline.from_pretrained(SHIPPED_PIPELINE, local_files_only=True)
     finally:
         for log in silenced:
             log.enable_progress_bar()

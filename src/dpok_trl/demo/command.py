@@ -90,7 +90,7 @@ def _run(args: argparse.Namespace, started: float) -> int:
     )
     size = sum(parameter.numel() for parameter in trainer.trainable_layers)
     print(
-        f"Prompt “{args.prompt}”, reward {args.reward}: {rounds(args.epochs)} of {IMAGES_PER_EPOCH} images in {STEPS} steps, LoRA of {size:,} "
+        f"Prompt “{args.prompt}”, reward {args.reward}: {epochs_in_words(args.epochs)} of {IMAGES_PER_EPOCH} images in {STEPS} steps, LoRA of {size:,} "
         f"parameters, kl_weight {args.kl_weight:g}, {threads} CPU {'thread' if threads == 1 else 'threads'}.",
         flush=True,
     )
@@ -181,7 +181,7 @@ def write_demo_report(
         evaluation=evaluation,
         summary=(
             f"A Stable Diffusion of three million parameters that draws coloured shapes, tuned by reinforcement learning on the reward "
-            f"“{args.reward}” for {rounds(args.epochs)} of {IMAGES_PER_EPOCH} images, with {args.kl_weight:g} times the KL to the pretrained model. "
+            f"“{args.reward}” for {epochs_in_words(args.epochs)} of {IMAGES_PER_EPOCH} images, with {args.kl_weight:g} times the KL to the pretrained model. "
             f"Exact is 1 where a picture shows what was asked, all of it and nothing else; soft gives partial credit; fidelity says how much a "
             f"picture looks like one of this world, whatever it shows."
         ),
@@ -199,7 +199,7 @@ def write_demo_report(
     )
 
 
-def rounds(epochs: int) -> str:
+def epochs_in_words(epochs: int) -> str:
     return f"{epochs} epoch{'s' if epochs > 1 else ''}"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, snapshot_download
 
 from dpok_trl.policy.lora_files import LORA_FILE, PEFT_FILE
+from dpok_trl.policy.shipped import DEMO, SHIPPED_PIPELINE
 
 
 logger = logging.getLogger(__name__)
@@ -21,8 +22,6 @@ CARD_FILE = "README.md"
 PIPELINE_FILE = "model_index.json"  # of a whole pipeline
 MODEL_FOLDER = "model"  # what a run pushes, in its output folder
 LAST_CHECKPOINT = "last-checkpoint"  # the newest one, in a repository of the Hub
-DEMO = "demo"  # name of the pipeline that this package ships
-SHIPPED_PIPELINE = Path(__file__).parents[1] / "demo" / "assets" / "pipeline"
 
 # By one of them a folder with what was trained is known.
 WEIGHTS = (LORA_FILE, PIPELINE_FILE, f"*/{PEFT_FILE}", "*/diffusion_pytorch_model*.safetensors")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Union, get_args, get_origin, ge
 import yaml
 from trl import TrlParser
 
+from dpok_trl.policy.shipped import DEMO
 from dpok_trl.prompts.reading import Prompt, read_prompts
 from dpok_trl.training.config import DPOKConfig
 from dpok_trl.training.presets import PRESETS, preset_values
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from dpok_trl.training.trainer import DPOKTrainer
 
 
-DEMO = "demo"
 USER_ERROR = 2  # exit code, argparse's own
 MERGE_TAG = "tag:yaml.org,2002:merge"  # of the key `<<`
 # what a type is called in an error
