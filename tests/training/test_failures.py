@@ -14,6 +14,7 @@ from tiny import stable_diffusion
 
 from dpok_trl import RatioError, RewardError
 from dpok_trl.policy.errors import ReplayError, UnsupportedPipelineError
+from dpok_trl.policy.lora import adapter_layers
 from dpok_trl.policy.schedulers import UnsupportedSchedulerError
 
 
@@ -118,6 +119,15 @@ def test_a_scheduler_with_a_memory(make_trainer):
     pipe = stable_diffusion(scheduler=HeunDiscreteScheduler(steps_offset=1))
     with pytest.raises(UnsupportedSchedulerError, match="HeunDiscreteScheduler.*EulerAncestralDiscreteScheduler"):
         make_trainer(pipe=pipe).train()
+
+
+@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_a_pipeline_that_is_moved_off_the_device(offload, make_trainer):
+    pipe = stable_diffusion()
+    getattr(pipe, offload)(device="cpu")
+    with pytest.raises(UnsupportedPipelineError, match=f"StableDiffusionPipeline moves each .*{offload}"):
+        make_trainer(pipe=pipe)
+    assert not adapter_layers(pipe.unet)  # nothing was added to it before
 
 
 def test_a_cache_on_the_denoiser(make_trainer):

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from torch import nn
 
 from dpok_trl.policy.hooks import PipelineHooks
 from dpok_trl.policy.policy import Policy
+from dpok_trl.policy.refusals import refuse_offloading
 from dpok_trl.policy.saved_policy import NOISE
 from dpok_trl.policy.tuning import tune
 from dpok_trl.rewards.combining import RewardSet
@@ -28,8 +30,9 @@ def build_policy(
     pipe: DiffusionPipeline,
     peft_config: LoraConfig | Mapping[str, LoraConfig] | None,
     hooks: PipelineHooks | None,
+    device: torch.device,
 ) -> Policy:
-    """Makes what is to be trained trainable, and wraps the pipeline, which is on its device already.
+    """Moves the pipeline to `device`, makes what is to be trained trainable, and wraps the pipeline.
 
     Raises:
         `ValueError`: For settings that do not fit the pipeline; the message says what to change.
@@ -43,9 +46,12 @@ def build_policy(
             "a peft_config was given, and train_use_lora = False trains the denoiser's own weights. Leave out the one or the other."
         )
     hooks = PipelineHooks() if hooks is None else hooks
+    denoisers = hooks.denoisers(pipe)
+    refuse_offloading(pipe, nn.ModuleDict(denoisers).modules())  # which cannot be moved
+    pipe.to(device)
     tuned = tune(
         pipe,
-        hooks.denoisers(pipe),
+        denoisers,
         peft_config=peft_config,
         rank=config.train_lora_rank,
         alpha=config.train_lora_alpha,

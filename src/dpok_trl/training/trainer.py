@@ -148,8 +148,7 @@ class DPOKTrainer(PublishingMixin):
         self.pipeline = load_pipeline(sd_pipeline if wrapper is None else wrapper.sd_pipeline, config.model_dtype)
         self.sd_pipeline = self.pipeline if wrapper is None else wrapper  # DDPO's name
         warn_of_memory(config, self.pipeline, self.accelerator.device, pipeline_hooks)
-        self.pipeline.to(self.accelerator.device)
-        self.policy = build_policy(config, self.pipeline, peft_config, pipeline_hooks)
+        self.policy = build_policy(config, self.pipeline, peft_config, pipeline_hooks, self.accelerator.device)
         self.tuned = self.policy.tuned
         # A forward pass meets only the expert of its timestep, and the last layers of some networks are of no use to it.
         ddp = self.accelerator.ddp_handler or DistributedDataParallelKwargs()
