@@ -123,7 +123,7 @@ def parse() -> argparse.Namespace:
     if arguments.quick:
         arguments.batches, arguments.rounds, arguments.epochs, arguments.steps = [IMAGES], 1, 2, 2
     if arguments.epochs < 2:
-        parser.error(f"--epochs {arguments.epochs}: the first is not counted, so there must be 2 at least")
+        parser.error(f"--epochs {arguments.epochs}: those that start up are not counted, so there must be 2 at least")
     if "trl" in arguments.variants and arguments.trl_env is None:
         parser.error("TRL needs an environment of its own: make one by make_trl_env.sh, and give it with --trl-env")
     arguments.trl_python = str(Path(arguments.trl_env or "") / "bin" / "python")
