@@ -86,14 +86,18 @@ def _terms(results: Results, quick: bool) -> str:
 
 
 def _effects(results: Results, quick: bool) -> str:
+    pairs = [
+        *((("gaussian, exact", weight), ("gaussian, paper", weight)) for weight in TERMS["gaussian, exact"][1]),
+        (("gaussian, paper", 0.02), ("noise, paper", 0.1)),  # of about the same KL
+    ]
     rows = []
-    for weight in TERMS["gaussian, exact"][1]:
-        both = [term(name, weight, quick) for name in ("gaussian, exact", "gaussian, paper")]
+    for pair in pairs:
+        both = [term(*one, quick) for one in pair]
         found = [
             compared(name, *(_values(results, quick, arm, final(name)) for arm in both)) for name in ("exact", "kl")
         ]
-        rows.append([f"weight {weight:g}", *found])
-    return table(["gradient: exact against paper", "exact, difference", "KL of a path, ratio"], rows)
+        rows.append([" against ".join(arm.name for arm in both), *found])
+    return table(["", "exact, difference", "KL of a path, ratio"], rows)
 
 
 def _bound(results: Results, quick: bool) -> str:
@@ -114,6 +118,8 @@ def kl_from_below(result: Result, task: str) -> float:
 
 def plot(results: Results, quick: bool = False) -> Figure:
     whole, axes = figure(3, width=3.1)
+    for axis in axes:
+        axis.set_xscale("log")
     for axis, task in zip(axes, tasks(quick), strict=False):
         for index, (name, (_, weights)) in enumerate(TERMS.items()):
             for weight in weights:
@@ -122,7 +128,6 @@ def plot(results: Results, quick: bool = False) -> Figure:
                 point(axis, *found, index, name if weight == weights[0] else None)
         axis.set(title=task, xlabel="KL of a path, nats", ylabel="exact")
         axis.legend(fontsize=7)
-    axes[2].set_xscale("log")
     for index, arm in enumerate(bounds(quick)):
         found = [arm.values(results, ["color"], seeds(quick), measure) for measure in (final("kl"), kl_from_below)]
         point(axes[2], *found, index, arm.name)
