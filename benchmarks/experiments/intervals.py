@@ -42,12 +42,15 @@ class Interval:
         if math.isnan(self.mean):
             return "–"
         sign = "+" if signed and not self.ratio else ""
-        mean = f"{'× ' if self.ratio else ''}{self.mean:{sign}.{digits}f}"
+        mean, low, high = (
+            f"{round(value, digits) + 0.0:{sign}.{digits}f}" for value in (self.mean, self.low, self.high)
+        )
+        mean = f"× {mean}" if self.ratio else mean
         if math.isnan(self.low):
             return mean
         if self.low == self.high:  # as happens where few runs are judged by few images; it is no certainty
             return f"{mean} (all alike)"
-        return f"{mean} [{self.low:{sign}.{digits}f}, {self.high:{sign}.{digits}f}]"
+        return f"{mean} [{low}, {high}]"
 
 
 def interval(values: Values) -> Interval:
