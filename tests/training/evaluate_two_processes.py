@@ -84,6 +84,5 @@ if __name__ == "__main__":
     found, process = everything(Path(sys.argv[1]))
     torch.save(found, Path(sys.argv[1]) / f"rank-{process}.pt")
     torch.distributed.barrier()
-    # Without Python's shutdown: in it, on a busy machine, a thread of a library aborted this process after all of its work ("terminate called without an
-    # active exception"); which one was not found yet.
+    # Without Python's shutdown, in which a thread of gloo may abort the process (see `let_gloo_threads_finish`): it ends right after a collective.
     os._exit(0)

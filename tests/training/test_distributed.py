@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpok_trl.results.runlog import read_metrics
-from dpok_trl.training.setup import end_gloo_group
+from dpok_trl.training.setup import let_gloo_threads_finish
 
 
 HERE = Path(__file__).parent
@@ -229,9 +231,25 @@ def test_two_processes_train_more_than_the_denoisers_adapter(ranks, name):
     assert lines[0]["policy/ratio_deviation_max"] == lines[0]["kl"] == 0.0 < lines[-1]["kl"]
 
 
-def test_the_process_group_of_gloo_is_ended_with_the_process():
+def test_a_thread_that_waits_for_the_interpreter_gets_it_before_the_end():
     distributed = torch.distributed
-    end_gloo_group()  # nothing to end
+    may_go, released = [], []
+
+    def wait():
+        while not may_go:
+            time.sleep(1e-3)
+        released.append(True)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    end_gloo_group()
-    assert not distributed.is_initialized()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # the main thread keeps the interpreter unless it lets go of it
+    try:
+        may_go.append(True)
+        held_back = not released
+        let_gloo_threads_finish()
+        assert held_back and released
+    finally:
+        sys.setswitchinterval(before)
+        distributed.destroy_process_group()

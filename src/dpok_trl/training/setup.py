@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -18,6 +19,7 @@ from dpok_trl.training.config import DPOKConfig
 
 
 UNSUPPORTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+SECONDS_TO_RELEASE = 0.2
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +45,8 @@ def make_accelerator(config: DPOKConfig) -> Accelerator:
         step_scheduler_with_optimizer=False,  # or it would step once for each process
         **arguments,
     )
-    atexit.unregister(end_gloo_group)
-    atexit.register(end_gloo_group)
+    atexit.unregister(let_gloo_threads_finish)
+    atexit.register(let_gloo_threads_finish)
     if (
         accelerator.gradient_accumulation_steps != 1
     ):  # from `accelerate launch` or its config file; it would divide the loss once more
@@ -76,12 +78,12 @@ def make_accelerator(config: DPOKConfig) -> Accelerator:
     return accelerator
 
 
-def end_gloo_group() -> None:
-    """Ends a process group of gloo, when the process ends. Its threads release Python objects; one that does so while Python shuts down aborts the process ("terminate
-    called without an active exception"), and the launcher takes a run for failed that has done all its work. NCCL's group is left: ending it may wait for a process that is dead."""
+def let_gloo_threads_finish() -> None:
+    """Lets go of the interpreter's lock for a moment when the process ends. A thread of gloo needs it to release the tensors of the last collectives, and a thread that still
+    waits for it when Python shuts down aborts the process ("terminate called without an active exception"): to its launcher a failed run, though all work is done."""
     group = torch.distributed
     if group.is_available() and group.is_initialized() and group.get_backend() == "gloo":
-        group.destroy_process_group()
+        time.sleep(SECONDS_TO_RELEASE)
 
 
 def settle_output_dir(config: DPOKConfig, accelerator: Accelerator) -> Path:
