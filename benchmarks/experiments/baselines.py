@@ -77,10 +77,8 @@ def _compared(arms: Sequence[Arm], results: Results, tasks: Sequence[str], quick
     rows = []
     for arm in arms:
         cells = []
-        for those, measure in (
-            (tasks, final("exact")),
-            (tasks[:1], mean_while_training),
-        ):  # that one is of a whole run
+        # the second is one number of a run, whatever its prompts
+        for those, measure in ((tasks, final("exact")), (tasks[:1], mean_while_training)):
             found = values(arm, those, measure)
             first = values(arms[0], those, measure)
             cells += [shown("exact", found), "" if arm is arms[0] else compared("exact", found, first)]

@@ -139,9 +139,8 @@ class Curve(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds += time.process_time() - self.started
-        exact = (
-            {"exact": self.judge.exact_rate()} if self.judge.exact else {}
-        )  # a supervised run draws in its first epoch
+        # a supervised run draws in its first epoch only
+        exact = {"exact": self.judge.exact_rate()} if self.judge.exact else {}
         self.entries.append({"cpu_s": self.seconds, **self.logged, **exact})
 
 
